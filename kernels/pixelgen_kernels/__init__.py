@@ -1,0 +1,24 @@
+"""Operators of pixel-space image generators. The package imports torch, triton and einops only."""
+
+from pixelgen_kernels.adamw_ema import adamw_ema
+from pixelgen_kernels.attention import attention
+from pixelgen_kernels.norm_modulate import norm_modulate
+from pixelgen_kernels.patch_projection import patch_projection
+from pixelgen_kernels.pixel_attention import PixelAttentionWeights, pixel_attention
+from pixelgen_kernels.pixel_mlp import pixel_mlp
+from pixelgen_kernels.pixel_modulate import pixel_modulate
+from pixelgen_kernels.qk_norm_rope import qk_norm_rope
+from pixelgen_kernels.swiglu import swiglu
+
+__all__ = [
+    "PixelAttentionWeights",
+    "adamw_ema",
+    "attention",
+    "norm_modulate",
+    "patch_projection",
+    "pixel_attention",
+    "pixel_mlp",
+    "pixel_modulate",
+    "qk_norm_rope",
+    "swiglu",
+]
