@@ -1,0 +1,106 @@
+"""What the encoded bytes of one image say about it, before anything is decoded.
+
+`inspect` reads the header (a few tens of microseconds) and refuses bytes that cannot be a whole image: the loader then
+needs no failed decode to find out. A file is truncated when its format's end is missing:
+    JPEG  no end-of-image marker (FF D9) behind the last start of scan (FF DA)
+    PNG   no IEND chunk
+    WebP  fewer bytes than the RIFF header promises
+`to_rgb` fixes what every image becomes: 8-bit RGB; alpha and transparency are dropped, not blended; 16-bit
+channels keep their high byte (PIL's own conversion would clip grey to white); CMYK and palettes as PIL converts them;
+colour profiles ignored.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+_DIRECT_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "PPM"}
+_DIRECT_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
+_PNG_DEPTH = 24  # where IHDR, always the first chunk, has the bits per channel
+_START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+_WHAT_PIL_RAISES = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+class UnreadableImage(ValueError):
+    """The bytes are not a whole image; the message is the reason, without the path."""
+
+
+class Header(NamedTuple):
+    """format and mode as PIL names them. direct: a decoder may take the bytes as they are; if not, convert with PIL."""
+
+    format: str
+    mode: str
+    height: int
+    width: int
+    direct: bool
+
+
+def inspect(data: bytes) -> Header:
+    """Read the header of an encoded image and check that its end is there. Raises UnreadableImage with the reason."""
+    if not data:
+        raise UnreadableImage("the file is empty (0 bytes)")
+    image = _open(data)
+    _check_end(data, image.format)
+    still = image.format == "MPO" or not getattr(image, "is_animated", False)
+    eight_bit = image.format != "PNG" or data[_PNG_DEPTH] <= 8
+    direct = image.format in _DIRECT_FORMATS and image.mode in _DIRECT_MODES and still and eight_bit
+    return Header(image.format, image.mode, image.height, image.width, direct)
+
+
+def load(data: bytes) -> Image.Image:
+    """Decode all pixels with PIL in the image's own mode. Raises UnreadableImage with the reason."""
+    inspect(data)
+    image = _open(data)
+    try:
+        image.load()
+    except _WHAT_PIL_RAISES as error:
+        raise UnreadableImage(f"{image.format} data do not decode: {error}") from error
+    return image
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode all pixels with PIL, to mode RGB by the rules above. Raises UnreadableImage with the reason."""
+    return to_rgb(load(data))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any PIL image as mode RGB: alpha dropped, 16-bit grey reduced to its high byte, the rest as PIL converts it."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def as_ppm(image: Image.Image) -> bytes:
+    """An RGB image as binary PPM: uncompressed and lossless, and every decoder reads it."""
+    return ppm(image.height, image.width, image.tobytes())
+
+
+def ppm(height: int, width: int, pixels: bytes) -> bytes:
+    """Binary PPM from height * width * 3 bytes in row order."""
+    return b"P6\n%d %d\n255\n" % (width, height) + pixels
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except Image.UnidentifiedImageError as error:
+        raise UnreadableImage(f"not an image: begins with {data[:12]!r}") from error
+    except _WHAT_PIL_RAISES as error:
+        raise UnreadableImage(str(error)) from error
+
+
+def _check_end(data: bytes, format: str | None) -> None:
+    if format in ("JPEG", "MPO"):
+        whole = data.endswith(_END_OF_IMAGE) or data.rfind(_END_OF_IMAGE) > data.rfind(_START_OF_SCAN)
+    elif format == "PNG":
+        whole = data.rfind(b"IEND") >= 0
+    elif format == "WEBP":
+        whole = len(data) >= int.from_bytes(data[4:8], "little") + 8
+    else:
+        whole = True
+    if not whole:
+        raise UnreadableImage(f"truncated {format}: its end is missing after {len(data):,} bytes")
