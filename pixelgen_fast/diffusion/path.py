@@ -1,0 +1,114 @@
+"""The linear path from noise to data, and the conversions between what a network may predict.
+
+    z = t x + (1-t) s e        v = dz/dt = x - s e        x = z + (1-t) v        s e = z - t v
+
+x data, e standard normal noise, z noised, t in [0, 1] (t=0 noise, t=1 data), v velocity, s the noise scale (JiT uses
+resolution / 256; PixelDiT 1). A network predicts one of x, v, e; z and t then give the other two. Leaving x divides by
+1-t and leaving e divides by t, so these divisors are held at t_eps or above (JiT, arXiv 2511.13720, section 4: 0.05).
+
+Shapes: z, x, e, v [B, ...]; t [B], broadcast over whatever follows. Arithmetic is in float32 or wider.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Prediction = Literal["v", "x", "e"]
+
+
+def add_noise(x: Tensor, e: Tensor, t: Tensor, noise_scale: float = 1.0) -> Tensor:
+    """Noised images z = t x + (1-t) s e.
+
+    x, e: [B, ...]. t: [B] in [0, 1]. Returns [B, ...] in float32, or float64 if an input is. Raises ValueError if the
+    shapes disagree.
+    """
+    if x.shape != e.shape:
+        raise ValueError(f"data and noise must have one shape, got x {list(x.shape)} and e {list(e.shape)}")
+    x, e = widen(x), widen(e)
+    t = per_image(t, x)
+    return t * x + (1 - t) * noise_scale * e
+
+
+def truth(predict: Prediction, x: Tensor, e: Tensor, noise_scale: float = 1.0) -> Tensor:
+    """What a network that predicts `predict` should answer: x, e or v = x - s e; in float32 or wider."""
+    check_prediction(predict, "predict")
+    x, e = widen(x), widen(e)
+    return {"x": x, "e": e, "v": x - noise_scale * e}[predict]
+
+
+def convert(
+    prediction: Tensor,
+    z: Tensor,
+    t: Tensor,
+    source: Prediction,
+    target: Prediction,
+    noise_scale: float = 1.0,
+    t_eps: float = 0.05,
+) -> Tensor:
+    """Read a prediction of `source` as a prediction of `target`, given the noised images and their times.
+
+    prediction, z: [B, ...]. t: [B]. t_eps: the least divisor, used for 1-t when the source is x and for t when it is e.
+    Returns [B, ...] in float32 or wider. Raises ValueError for an unknown quantity or shapes that disagree.
+    """
+    check_prediction(source, "source")
+    check_prediction(target, "target")
+    if prediction.shape != z.shape:
+        raise ValueError(f"prediction {list(prediction.shape)} and z {list(z.shape)} must have one shape")
+    p, z = widen(prediction), widen(z)
+    if source == target:
+        return p
+    t, s = per_image(t, p), noise_scale
+    match source, target:
+        case "v", "x":
+            return z + (1 - t) * p
+        case "v", "e":
+            return (z - t * p) / s
+        case "x", "v":
+            return (p - z) / (1 - t).clamp(min=t_eps)
+        case "x", "e":
+            return (z - t * p) / ((1 - t).clamp(min=t_eps) * s)
+        case "e", "v":
+            return (z - s * p) / t.clamp(min=t_eps)
+        case "e", "x":
+            return (z - (1 - t) * s * p) / t.clamp(min=t_eps)
+
+
+def slope(t: Tensor, source: Prediction, target: Prediction, noise_scale: float = 1.0, t_eps: float = 0.05) -> Tensor:
+    """The factor by which `convert` stretches a prediction: d target / d source at fixed z, a function of t alone.
+
+    t: [B]. Returns [B]. Two predictions of `source` that differ by d are read as predictions of `target` that differ by
+    slope * d, so the squared error in one space is slope^2 times that in the other.
+    """
+    check_prediction(source, "source")
+    check_prediction(target, "target")
+    t, s = widen(t), noise_scale
+    from_x, from_e = (1 - t).clamp(min=t_eps), t.clamp(min=t_eps)
+    return {
+        ("v", "x"): 1 - t,
+        ("v", "e"): -t / s,
+        ("x", "v"): 1 / from_x,
+        ("x", "e"): -t / (from_x * s),
+        ("e", "v"): -s / from_e,
+        ("e", "x"): -(1 - t) * s / from_e,
+    }.get((source, target), torch.ones_like(t))
+
+
+def per_image(value: Tensor, like: Tensor) -> Tensor:
+    """Shape one number per image [B] so that it broadcasts over `like` [B, ...]: [B, 1, ..., 1]."""
+    if value.shape != like.shape[:1]:
+        raise ValueError(f"expected one number per image, [{like.shape[0]}], got {list(value.shape)}")
+    return widen(value).reshape(-1, *[1] * (like.ndim - 1))
+
+
+def widen(tensor: Tensor) -> Tensor:
+    """At least float32: bfloat16 and float16 go up, float64 stays."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def check_prediction(name: str, argument: str) -> None:
+    """Raise ValueError unless `name` is one of v, x, e."""
+    if name not in get_args(Prediction):
+        raise ValueError(f"{argument}={name!r} is not a prediction; use 'v' (velocity), 'x' (data) or 'e' (noise)")

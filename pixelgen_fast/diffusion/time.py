@@ -1,0 +1,79 @@
+"""What an image draws in training: its time, whether its label is dropped, and its noise.
+
+    t = sigmoid(mean + std n) or t = u;    then t <- t / (t + (1-t) shift);    label <- null where u' < probability
+
+with n standard normal and u, u' uniform, each from its own Philox stream. All are functions of (seed, image number), so
+a resumed run, another world size or another micro-batch draws the same numbers. Logit-normal times are those of
+Esser et al., arXiv 2403.03206, section 3.1; a shift above 1 pushes times to noise (t=0), as larger images need.
+
+Shapes: B images; numbers [B] are image numbers (int64) and decide the device of what is drawn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, TypeVar
+
+import torch
+from pixelgen_kernels import philox
+from torch import Tensor
+
+TimeKind = Literal["logit_normal", "uniform"]
+Time = TypeVar("Time", float, Tensor)
+
+
+def shift_time(t: Time, shift: float) -> Time:
+    """Shifted time t / (t + (1-t) shift): keeps 0 and 1, and is the identity for shift 1, bit for bit.
+
+    t: a number or tensor in [0, 1]. Raises ValueError unless shift > 0.
+    """
+    if not (shift > 0 and math.isfinite(shift)):
+        raise ValueError(f"time shift must be a positive number, got {shift}; 1 changes nothing, above 1 adds noise")
+    return t / (t + (1 - t) * shift)
+
+
+def sample_times(
+    seed: int,
+    numbers: Tensor,
+    kind: TimeKind = "logit_normal",
+    mean: float = 0.0,
+    std: float = 1.0,
+    shift: float = 1.0,
+) -> Tensor:
+    """Training time of each image.
+
+    numbers: int64 [B]. mean, std: of logit(t) before the shift; used by logit_normal only.
+    Returns float32 [B] in [0, 1]. Raises ValueError for an unknown kind, a negative std or a non-positive shift.
+    """
+    if kind == "uniform":
+        t = philox.uniform(seed, numbers, philox.TIME, 1)[:, 0].double()
+    elif kind == "logit_normal":
+        if not std >= 0:
+            raise ValueError(f"the standard deviation of logit(t) must be 0 or more, got {std}")
+        # In float64, because PyTorch's float32 sigmoid rounds by a number's place in the batch (vector body or tail).
+        t = torch.sigmoid(mean + std * philox.normal(seed, numbers, philox.TIME, 1)[:, 0].double())
+    else:
+        raise ValueError(f"time sampling {kind!r} is unknown; use 'logit_normal' or 'uniform'")
+    return shift_time(t, shift).float()
+
+
+def drop_labels(seed: int, numbers: Tensor, labels: Tensor, probability: float, null: int) -> Tensor:
+    """Labels in which each image's is replaced by the null class with the given probability.
+
+    numbers, labels: int64 [B]. probability: in [0, 1]; 0 drops none and 1 drops all. null: the null class id.
+    Returns int64 [B]. Raises ValueError for a probability outside [0, 1].
+    """
+    if not 0 <= probability <= 1:
+        raise ValueError(f"label drop probability must be in [0, 1], got {probability}")
+    dropped = philox.uniform(seed, numbers, philox.LABEL_DROP, 1)[:, 0] < probability
+    return labels.masked_fill(dropped, null)
+
+
+def noise(seed: int, numbers: Tensor, shape: Sequence[int], stream: int = philox.NOISE) -> Tensor:
+    """Standard normal noise of each image.
+
+    numbers: int64 [B]. shape: of one image, (3, H, W); element i of the stream is element i of its row-major order.
+    stream: philox.NOISE in training, philox.SAMPLING for the start of a sample. Returns float32 [B, *shape].
+    """
+    return philox.normal(seed, numbers, stream, math.prod(shape)).reshape(-1, *shape)
