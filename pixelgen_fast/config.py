@@ -1,0 +1,314 @@
+"""The configuration of a run: a tree of dataclasses, values from YAML, dotted overrides on top.
+
+An unknown key, a wrong type or an impossible combination is a ConfigError before anything starts. Progress is counted
+in images everywhere (`*_images`); steps appear in logs only. `model` is checked against the dataclass of its system.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+class ConfigError(ValueError):
+    """The configuration is not valid; the message names the key, its value and the fix."""
+
+
+@dataclass
+class Run:
+    # where checkpoints, metrics and pictures go; the same folder again resumes
+    dir: str = "runs/run"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    # a run folder or checkpoint to resume from instead of run.dir; one that holds nothing is an error
+    resume: str | None = None
+    # weights to start a new run from: safetensors written by `pixelgen export` or `pixelgen import`
+    init: str | None = None
+
+
+@dataclass
+class Data:
+    # a class-per-folder tree, a tar or folder of tars, a folder written by `pixelgen data pack`, or "digits"
+    root: str = "digits"
+    image_size: int = 256
+    # None: the number of classes that root has
+    num_classes: int | None = None
+    flip: bool = False
+    # adm: halve, bicubic, centre crop as published for ImageNet; none: images have the right size already
+    crop: Literal["adm", "none"] = "adm"
+    # reader processes and decoder threads of each rank; 0 workers: read in the training process
+    workers: int = 2
+    threads: int = 2
+    prefetch: int = 2
+    hw_decoder_load: float = 0.65
+
+
+@dataclass
+class Objective:
+    predict: Literal["v", "x", "e"] = "v"
+    loss: Literal["v", "x", "e"] = "v"
+    time: Literal["logit_normal", "uniform"] = "logit_normal"
+    time_mean: float = 0.0
+    time_std: float = 1.0
+    # t / (t + (1 - t) shift): above 1 spends more of the training near the noise
+    time_shift: float = 1.0
+    noise_scale: float = 1.0
+    class_drop: float = 0.1
+    # smallest 1 - t (or t) that a conversion between predictions divides by
+    t_eps: float = 0.05
+
+
+@dataclass
+class Drop:
+    at_images: int
+    lr: float
+
+
+@dataclass
+class Optimizer:
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    # largest global gradient norm; None: no clipping
+    clip: float | None = 1.0
+    ema: list[float] = field(default_factory=lambda: [0.9999])
+    # min(decay, (1 + s) / (10 + s)) after s steps, for short runs
+    ema_warmup: bool = False
+    warmup_images: int = 0
+    schedule: Literal["constant", "cosine", "stepped"] = "constant"
+    drops: list[Drop] = field(default_factory=list)
+
+
+@dataclass
+class Train:
+    images: int = 48_000_000
+    # images of one optimizer step over all ranks, and of one forward pass on one rank
+    global_batch: int = 256
+    micro_batch: int = 64
+    zero_stage: Literal[1, 2, 3] = 1
+    # auto: bf16 on a GPU, fp32 on a CPU
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    checkpoint_blocks: bool = False
+    compile_blocks: bool = False
+    # a run stops after this many steps in a row whose loss or gradient is not finite
+    max_bad_steps: int = 10
+
+
+@dataclass
+class Save:
+    every_images: int = 1_280_000
+    keep: int = 2
+
+
+@dataclass
+class Log:
+    every_images: int = 12_800
+    tensorboard: bool = True
+    wandb_project: str | None = None
+
+
+@dataclass
+class Sample:
+    steps: int = 100
+    solver: Literal["euler", "heun", "adams2"] = "adams2"
+    guidance: float = 1.0
+    # guidance acts where interval[0] < t < interval[1]; None: everywhere
+    interval: tuple[float, float] | None = None
+    shift: float = 1.0
+    seed: int = 0
+    batch: int = 64
+    # the sample grid on fixed noise: how often (0: never) and how many images for each of how many classes
+    grid_every_images: int = 1_280_000
+    grid_classes: int = 10
+    grid_per_class: int = 8
+
+
+@dataclass
+class Config:
+    model: Any = None
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    objective: Objective = field(default_factory=Objective)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    train: Train = field(default_factory=Train)
+    save: Save = field(default_factory=Save)
+    log: Log = field(default_factory=Log)
+    sample: Sample = field(default_factory=Sample)
+
+
+def load(path: str | Path, overrides: Iterable[str], model_schema: Callable[[str], type]) -> Config:
+    """Read a YAML file, apply overrides such as `optimizer.lr=2e-4`, check everything.
+
+    model_schema maps `model.system` to the dataclass of that system's settings.
+    Raises ConfigError for a missing or malformed file, an unknown key, a wrong type or an impossible combination.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
+        raise ConfigError(f"{path}: no such configuration file" + (f"; there are {', '.join(near)}" if near else ""))
+    try:
+        values = OmegaConf.load(path)
+    except Exception as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not OmegaConf.is_dict(values):
+        raise ConfigError(f"{path}: a configuration is a mapping of sections, this file holds {type(values).__name__}")
+    layers = [(str(path), values)]
+    for text in overrides:
+        if "=" not in text:
+            raise ConfigError(f"override {text!r}: write key.sub=value, for example optimizer.lr=2e-4")
+        layers.append((f"override {text!r}", OmegaConf.from_dotlist([text])))
+    return from_layers(layers, model_schema)
+
+
+def from_dict(values: dict[str, Any], model_schema: Callable[[str], type]) -> Config:
+    """Rebuild a configuration that `to_dict` made, with the same checks."""
+    return from_layers([("saved configuration", OmegaConf.create(values))], model_schema)
+
+
+def from_layers(layers: list[tuple[str, Any]], model_schema: Callable[[str], type]) -> Config:
+    """Merge (origin, values) layers, later over earlier, into a checked Config."""
+    system = None
+    for _, values in layers:
+        system = OmegaConf.select(values, "model.system", default=system)
+    if system is None:
+        raise ConfigError(f"{layers[0][0]}: model.system is missing")
+    try:
+        model_class = model_schema(str(system))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    merged = OmegaConf.structured(Config)
+    merged.model = OmegaConf.structured(model_class)
+    for origin, values in layers:
+        try:
+            merged = OmegaConf.merge(merged, values)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{origin}: {_explain(error, model_class)}") from error
+    config: Config = OmegaConf.to_object(merged)
+    validate(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain types only, as saved in checkpoints."""
+    return OmegaConf.to_container(OmegaConf.create(asdict(config)))
+
+
+def to_yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.create(asdict(config)))
+
+
+def validate(config: Config) -> None:
+    """Raise ConfigError, naming keys and values, for combinations that cannot work."""
+    d, o, p, t, s = config.data, config.objective, config.optimizer, config.train, config.sample
+    positive = {
+        "data.image_size": d.image_size,
+        "data.threads": d.threads,
+        "data.prefetch": d.prefetch,
+        "objective.time_std": o.time_std,
+        "objective.time_shift": o.time_shift,
+        "objective.noise_scale": o.noise_scale,
+        "objective.t_eps": o.t_eps,
+        "optimizer.lr": p.lr,
+        "optimizer.eps": p.eps,
+        "train.images": t.images,
+        "train.global_batch": t.global_batch,
+        "train.micro_batch": t.micro_batch,
+        "train.max_bad_steps": t.max_bad_steps,
+        "save.every_images": config.save.every_images,
+        "save.keep": config.save.keep,
+        "log.every_images": config.log.every_images,
+        "sample.steps": s.steps,
+        "sample.shift": s.shift,
+        "sample.batch": s.batch,
+        "sample.grid_classes": s.grid_classes,
+        "sample.grid_per_class": s.grid_per_class,
+    }
+    for key, value in positive.items():
+        if not value > 0:
+            raise ConfigError(f"{key} is {value}; it must be above 0")
+    not_negative = {
+        "data.workers": d.workers,
+        "optimizer.warmup_images": p.warmup_images,
+        "optimizer.weight_decay": p.weight_decay,
+        "sample.grid_every_images": s.grid_every_images,
+    }
+    for key, value in not_negative.items():
+        if value < 0:
+            raise ConfigError(f"{key} is {value}; it must not be negative")
+    if p.clip is not None and not p.clip > 0:
+        raise ConfigError(f"optimizer.clip is {p.clip}; it must be above 0, or null for no clipping")
+    if not 0 <= o.class_drop < 1:
+        raise ConfigError(f"objective.class_drop is {o.class_drop}; it is a probability in [0, 1)")
+    if not o.t_eps < 1:
+        raise ConfigError(f"objective.t_eps is {o.t_eps}; it must be below 1")
+    for beta in p.betas:
+        if not 0 <= beta < 1:
+            raise ConfigError(f"optimizer.betas is {p.betas}; both lie in [0, 1)")
+    if len(set(p.ema)) != len(p.ema) or not p.ema or not all(0 < decay < 1 for decay in p.ema):
+        raise ConfigError(f"optimizer.ema is {p.ema}; give one or more different decays between 0 and 1")
+    if p.drops and p.schedule != "stepped":
+        raise ConfigError(f"optimizer.drops is given but optimizer.schedule is {p.schedule}; it must be stepped")
+    if p.schedule == "stepped" and not p.drops:
+        raise ConfigError("optimizer.schedule is stepped; give optimizer.drops: [{at_images: N, lr: X}, ...]")
+    if [drop.at_images for drop in p.drops] != sorted({drop.at_images for drop in p.drops}):
+        raise ConfigError(f"optimizer.drops at {[drop.at_images for drop in p.drops]} images; they must increase")
+    if t.global_batch % t.micro_batch:
+        raise ConfigError(
+            f"train.global_batch {t.global_batch} is not a multiple of train.micro_batch {t.micro_batch}; "
+            f"valid micro batches: {_divisors(t.global_batch)}"
+        )
+    if p.warmup_images >= t.images:
+        raise ConfigError(f"optimizer.warmup_images {p.warmup_images} is not below train.images {t.images}")
+    if s.interval is not None and not s.interval[0] < s.interval[1]:
+        raise ConfigError(f"sample.interval is {s.interval}; the first must be below the second")
+    if config.run.device == "cpu" and t.precision == "bf16":
+        raise ConfigError(
+            "train.precision bf16 on run.device cpu: matrix products are 6x slower than fp32 there; use fp32"
+        )
+    if t.compile_blocks and t.zero_stage == 3:
+        raise ConfigError(
+            "train.compile_blocks does not work with train.zero_stage 3 (DeepSpeed's hooks); use stage 1 or 2"
+        )
+
+
+def check_world(config: Config, world: int) -> int:
+    """Gradient accumulation steps on `world` ranks. Raises ConfigError naming the valid micro batches."""
+    t = config.train
+    if t.global_batch % world:
+        raise ConfigError(f"train.global_batch {t.global_batch} does not divide over {world} ranks")
+    per_rank = t.global_batch // world
+    if per_rank % t.micro_batch:
+        raise ConfigError(
+            f"train.micro_batch {t.micro_batch} does not divide the {per_rank} images that each of {world} ranks takes "
+            f"of train.global_batch {t.global_batch}; valid: {_divisors(per_rank)}"
+        )
+    return per_rank // t.micro_batch
+
+
+def _divisors(n: int) -> str:
+    return ", ".join(str(k) for k in range(1, n + 1) if n % k == 0)
+
+
+def _explain(error: OmegaConfBaseException, model_class: type) -> str:
+    message = str(error).splitlines()[0]
+    key = getattr(error, "full_key", None)
+    if not key:
+        return message
+    section, _, name = key.rpartition(".")
+    owner = model_class if section == "model" else next((f.type for f in fields(Config) if f.name == section), None)
+    owner = globals().get(owner, owner) if isinstance(owner, str) else owner
+    valid = [f.name for f in fields(owner)] if hasattr(owner, "__dataclass_fields__") else []
+    if not section:
+        valid = [f.name for f in fields(Config)]
+    if name in valid or not valid:
+        return f"{key}: {message}"
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
+    hint = f"; did you mean {f'{section}.' if section else ''}{near[0]}?" if near else ""
+    return f"{key}: unknown key{hint} Valid in {section or 'the file'}: {', '.join(valid)}"

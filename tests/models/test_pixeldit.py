@@ -1,0 +1,171 @@
+"""PixelDiT: published sizes and costs, its start, its symmetries, and its wrapping."""
+
+import copy
+
+import pytest
+import torch
+from einops import rearrange
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pixelgen_fast import models
+from pixelgen_fast.engine.parallel import wrap_blocks
+from pixelgen_fast.models import layers, pixeldit
+
+B = dict(hidden_size=768, num_heads=12, patch_depth=12, pixel_depth=2)
+L = dict(hidden_size=1024, num_heads=16, patch_depth=22, pixel_depth=4)
+XL = dict(hidden_size=1152, num_heads=16, patch_depth=26, pixel_depth=4)
+TINY = dict(hidden_size=24, num_heads=2, patch_depth=2, patch_size=4, pixel_hidden_size=8, pixel_depth=2)
+
+
+def tiny(image_size: int = 16, randomise: bool = True, **changes) -> pixeldit.PixelDiT:
+    torch.manual_seed(0)
+    model = pixeldit.build(pixeldit.Config(**(TINY | changes)), image_size, num_classes=3)
+    if randomise:
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("size", "post", "parameters"),
+    [
+        (B, False, 184_749_155),
+        (L, False, 569_648_963),
+        (XL, False, 797_383_203),
+        (B, True, 172_149_859),
+        (L, True, 536_061_763),
+        (XL, True, 759_601_699),
+    ],
+)
+def test_published_parameter_counts(size: dict, post: bool, parameters: int) -> None:
+    with torch.device("meta"):
+        model = pixeldit.build(pixeldit.Config(**size, post_modulation=post), 256, 1000)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
+
+
+@pytest.mark.parametrize(
+    ("size", "pixels", "gflops"), [(B, 256, 75.43), (L, 256, 227.77), (XL, 256, 311.19), (XL, 512, 1352.24)]
+)
+def test_published_flops(size: dict, pixels: int, gflops: float) -> None:
+    with torch.device("meta"):
+        model = pixeldit.build(pixeldit.Config(**size), pixels, 1000)
+        arguments = torch.empty(1, 3, pixels, pixels), torch.empty(1), torch.zeros(1, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(*arguments)
+    assert counter.get_total_flops() / 1e9 == pytest.approx(gflops, abs=0.005)
+
+
+def test_first_output_is_zero() -> None:
+    model = tiny(randomise=False)
+    assert torch.equal(model(torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 3])), torch.zeros(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("post", [False, True])
+def test_images_of_a_batch_do_not_mix(post: bool) -> None:
+    model = tiny(post_modulation=post).double()
+    z, t, y = (
+        torch.randn(3, 3, 16, 16, dtype=torch.float64),
+        torch.rand(3, dtype=torch.float64),
+        torch.tensor([0, 1, 3]),
+    )
+    together = model(z, t, y)
+    alone = torch.cat([model(z[i : i + 1], t[i : i + 1], y[i : i + 1]) for i in range(3)])
+    assert torch.allclose(together, alone, rtol=0, atol=1e-12)
+
+
+def test_gradient_is_that_of_finite_differences() -> None:
+    """In float64, along a random direction in all parameters at once."""
+    model = tiny().double()
+    z, t, y = torch.randn(2, 3, 16, 16, dtype=torch.float64), torch.rand(2, dtype=torch.float64), torch.tensor([0, 3])
+    w = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    (model(z, t, y) * w).sum().backward()
+    direction = [torch.randn_like(p) for p in model.parameters()]
+    slope = sum(float((p.grad * d).sum()) for p, d in zip(model.parameters(), direction, strict=True))
+
+    def moved(h: float) -> float:
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for p, d in zip(other.parameters(), direction, strict=True):
+                p.add_(d, alpha=h)
+            return float((other(z, t, y) * w).sum())
+
+    h = 1e-6
+    assert (moved(h) - moved(-h)) / (2 * h) == pytest.approx(slope, rel=1e-6)
+
+
+def test_rope_scores_depend_on_relative_position_only() -> None:
+    cos, sin = layers.rope_2d(1, 9, 16)
+    q, k = torch.randn(16), torch.randn(16)
+
+    def rotated(x: torch.Tensor, i: int) -> torch.Tensor:
+        pairs = torch.view_as_complex(x.reshape(-1, 2)) * torch.complex(cos[i], sin[i])
+        return torch.view_as_real(pairs).flatten()
+
+    scores = [float(rotated(q, i) @ rotated(k, i + 3)) for i in range(6)]
+    assert scores == pytest.approx([scores[0]] * 6, abs=1e-5)
+
+
+def test_positions_span_the_same_interval_at_any_resolution() -> None:
+    coarse, fine = layers.rope_2d(3, 3, 8)[0], layers.rope_2d(5, 5, 8)[0]
+    every_other = rearrange(rearrange(fine, "(h w) d -> h w d", h=5)[::2, ::2], "h w d -> (h w) d")
+    assert torch.allclose(coarse, every_other, atol=1e-6)
+
+
+def test_tables_keep_float32_when_the_model_is_cast() -> None:
+    model = tiny()
+    before = model.rope_sin.clone()
+    model.bfloat16()
+    assert model.head.linear.weight.dtype == torch.bfloat16
+    assert model.rope_sin.dtype == torch.float32 and torch.equal(model.rope_sin, before)
+
+
+@pytest.mark.parametrize("post", [False, True])
+def test_bfloat16_stays_near_float32(post: bool) -> None:
+    """Two bf16 digits (2^-8) through a dozen roundings; the streams and the output are bf16."""
+    model = tiny(post_modulation=post)
+    z, t, y = torch.randn(2, 3, 16, 16).bfloat16().float(), torch.rand(2), torch.tensor([0, 3])
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    expected = model(z, t, y)
+    found = model.bfloat16()(z.bfloat16(), t, y)
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() < 12 * 2**-8 * expected.norm()
+
+
+def test_checkpointing_changes_no_name_and_no_gradient() -> None:
+    plain, wrapped = tiny(), tiny()
+    wrap_blocks(wrapped.blocks(), checkpoint_blocks=True, compile_blocks=False)
+    assert list(plain.state_dict()) == list(wrapped.state_dict())
+    z, t, y = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 3])
+    for model in (plain, wrapped):
+        model(z, t, y).square().mean().backward()
+    for (name, p), q in zip(plain.named_parameters(), wrapped.parameters(), strict=True):
+        assert torch.equal(p.grad, q.grad), name
+
+
+@pytest.mark.parametrize("post", [False, True])
+def test_the_whole_model_is_one_graph(post: bool) -> None:
+    """torch.compile(fullgraph=True) traces forward and backward without a break; aot_eager compiles no code."""
+    model = tiny(post_modulation=post)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    z, t, y = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 3])
+    expected = torch.autograd.grad(model(z, t, y).square().sum(), model.patch_embed.weight)[0]
+    found = torch.autograd.grad(compiled(z, t, y).square().sum(), model.patch_embed.weight)[0]
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_sizes_that_cannot_work_are_refused() -> None:
+    with pytest.raises(ValueError, match="image_size 18 does not divide"):
+        tiny(image_size=18)
+    with pytest.raises(ValueError, match="head size 4.8"):
+        tiny(num_heads=5)
+    with pytest.raises(ValueError, match="pixel_depth 0"):
+        tiny(pixel_depth=0)
+    with pytest.raises(ValueError, match=r"\[B, 3, 16, 16\]"):
+        tiny()(torch.zeros(1, 3, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
+
+
+def test_unknown_system_lists_the_valid_ones() -> None:
+    with pytest.raises(ValueError, match="unknown system 'dit'; valid: .*pixeldit"):
+        models.system("dit")
