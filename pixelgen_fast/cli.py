@@ -1,0 +1,288 @@
+"""The command line: pixelgen train | sample | evaluate | export | import | data.
+
+An error is one line that says what to do; `--debug` shows where it came from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from pixelgen_fast import config as cfg
+
+EXIT_USAGE = 2
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns its exit code: 0 done, 2 refused, 75 stopped by a signal with everything saved."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    # argparse takes overrides only up to the first option: `train CONFIG --dry-run key=value` leaves them over.
+    if rest and (args.command is not _train or any(text.startswith("-") for text in rest)):
+        parser.error(f"unknown arguments: {' '.join(rest)}")
+    if rest:
+        args.overrides += rest
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(levelname)s %(message)s")
+    try:
+        return args.command(args)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        if args.debug:
+            raise
+        print(f"pixelgen: error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def _train(args: argparse.Namespace) -> int:
+    from pixelgen_fast.engine import generator
+
+    config = cfg.load(args.config, args.overrides, generator.model_schema)
+    if args.dry_run:
+        return _dry_run(config)
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    from pixelgen_fast.engine.trainer import Trainer
+
+    return Trainer(config).run()
+
+
+def _dry_run(config: cfg.Config) -> int:
+    import torch
+
+    from pixelgen_fast.data.roots import open_root
+    from pixelgen_fast.engine import generator, plan
+
+    with torch.device("meta"):
+        model = generator.build_model(config, config.data.num_classes or len(open_root(config.data.root).classes))
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "fp32" if config.run.device == "cpu" else "bf16"
+    print(cfg.to_yaml(config))
+    print(plan.describe(plan.plan(model, config, precision), config, precision))
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    import torch
+    from PIL import Image
+    from tqdm import tqdm
+
+    from pixelgen_fast.engine import generator
+    from pixelgen_fast.eval.grid import save_grid
+
+    loaded = generator.load(args.run, args.weights, _device(args))
+    chosen = _class_numbers(args.classes, loaded.classes)
+    labels = torch.tensor(chosen).repeat_interleave(args.per_class)
+    out = Path(args.out or Path(args.run) / "generated")
+    images = loaded.draw(labels, progress=True, **_sampling(args))
+    for number, image in enumerate(tqdm(images.numpy(), desc="write", unit="img")):
+        folder = out / loaded.classes[int(labels[number])]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number:06d}.png")
+    names = [loaded.classes[c] for c in chosen]
+    grid = save_grid(images.numpy(), out / "grid.png", columns=args.per_class, row_titles=names)
+    print(f"{len(images)} images in {out}, all of them on {grid}")
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    import torch
+
+    from pixelgen_fast.engine import generator
+
+    loaded = generator.load(args.run, args.weights, _device(args))
+    digits = loaded.config.data.root == "digits"
+    count = args.samples or (1000 if digits else 50_000)
+    # Equal numbers of every class: random labels cost about 0.1 FID.
+    labels = torch.arange(count) % len(loaded.classes)
+    if not digits and args.reference is None:
+        raise ValueError(
+            "evaluating images other than the digits needs --reference, a folder of images or a statistics .npz"
+        )
+    if not digits:
+        from pixelgen_fast.eval.fid import check_reference
+
+        check_reference(args.reference, weights=args.inception)
+    images = loaded.draw(labels, progress=True, **_sampling(args))
+    if digits:
+        from pixelgen_fast.eval.digits import evaluate_digits
+
+        report = evaluate_digits(images, labels)
+    else:
+        from pixelgen_fast.eval.fid import evaluate_fid
+
+        report = evaluate_fid(images, args.reference, weights=args.inception, device=_device(args), progress=True)
+    settings = {
+        k: getattr(loaded.config.sample, k) for k in ("steps", "solver", "guidance", "interval", "shift", "seed")
+    }
+    settings |= {k: v for k, v in _sampling(args).items() if k != "batch"} | {
+        "weights": loaded.weights,
+        "nimg": loaded.nimg,
+    }
+    print(f"{args.run}: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
+    print("\n".join(report.lines()))
+    out = Path(args.out or Path(args.run) / "evaluation.json")
+    out.write_text(json.dumps({"settings": settings, "report": report.as_dict()}, indent=2) + "\n")
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    import torch
+
+    from pixelgen_fast.engine import generator
+
+    loaded = generator.load(args.run, args.weights)
+    model = loaded.model.to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    out = Path(args.out)
+    generator.export(out, model.state_dict(), loaded.config, loaded.classes, loaded.weights, loaded.nimg)
+    generator.load(out)
+    print(f"{out}: model.safetensors ({loaded.weights}, {args.dtype}) and config.json, read back")
+    return 0
+
+
+def _import(args: argparse.Namespace) -> int:
+    from pixelgen_fast import interop
+    from pixelgen_fast.engine import generator
+
+    published = interop.read_published(Path(args.file), args.system, args.weights)
+    state, model, num_classes = interop.native(args.system, published)
+    schema = generator.model_schema
+    values = {
+        "model": vars(model),
+        "data": {"image_size": args.image_size, "num_classes": num_classes, "root": "imported"},
+    }
+    config = cfg.from_dict(values, schema)
+    generator.export(Path(args.out), state, config, [str(i) for i in range(num_classes)], args.weights, 0)
+    generator.load(args.out)
+    print(f"{args.out}: {len(state)} tensors of {args.file}; draw with pixelgen sample {args.out}")
+    return 0
+
+
+def _data_scan(args: argparse.Namespace) -> int:
+    from pixelgen_fast.data.tools import scan
+
+    print("\n".join(scan(args.root, out=args.out).lines()))
+    return 0
+
+
+def _data_pack(args: argparse.Namespace) -> int:
+    from pixelgen_fast.data.tools import pack
+
+    print(pack(args.root, args.out, size=args.size, crop=args.crop, upright=args.upright))
+    return 0
+
+
+def _device(args: argparse.Namespace) -> str:
+    import torch
+
+    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _sampling(args: argparse.Namespace) -> dict:
+    chosen = {k: getattr(args, k) for k in ("steps", "solver", "guidance", "interval", "shift", "seed", "batch")}
+    return {k: tuple(v) if k == "interval" else v for k, v in chosen.items() if v is not None}
+
+
+def _class_numbers(names: list[str] | None, classes: list[str]) -> list[int]:
+    if names is None:
+        return list(range(min(10, len(classes))))
+    for name in names:
+        if name not in classes:
+            raise ValueError(
+                f"--classes {name}: no such class; there are {', '.join(classes[:20])}{' ...' * (len(classes) > 20)}"
+            )
+    return [classes.index(name) for name in names]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="pixelgen", description="Train and use image generators that work on pixels.")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--local_rank", "--local-rank", type=int, help="set by DeepSpeed's launcher")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(
+        name: str, function: object, text: str, within: argparse._SubParsersAction = commands
+    ) -> argparse.ArgumentParser:
+        sub = within.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=function)
+        return sub
+
+    train = command("train", _train, "Train, or go on with, the run that a configuration describes.")
+    train.add_argument("config", help="YAML file, for example configs/digits.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
+    train.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration, FLOPs and memory; allocate nothing"
+    )
+
+    sample = command("sample", _sample, "Draw images with a run or an exported model: PNG files by class, and a grid.")
+    _add_model_arguments(sample)
+    sample.add_argument("--classes", nargs="+", metavar="NAME", help="classes to draw (default: the first ten)")
+    sample.add_argument("--per-class", type=int, default=8, help="images of each class (default: 8)")
+    sample.add_argument("--out", help="folder to write (default: RUN/generated)")
+
+    evaluate = command(
+        "evaluate", _evaluate, "Measure generated images: accuracy and Fréchet distance of digits, FID of others."
+    )
+    _add_model_arguments(evaluate)
+    evaluate.add_argument("--samples", type=int, help="images to draw (default: 1000 digits, 50000 others)")
+    evaluate.add_argument("--reference", help="real images (folder), or their statistics (.npz), for FID")
+    evaluate.add_argument("--inception", help="local file of torch-fidelity's Inception weights")
+    evaluate.add_argument("--out", help="JSON file to write (default: RUN/evaluation.json)")
+
+    export = command(
+        "export", _export, "Write weights as safetensors with a configuration, ready for sample and for run.init."
+    )
+    export.add_argument("run", help="run folder or checkpoint")
+    export.add_argument("out", help="folder to write")
+    export.add_argument("--weights", help="ema (default), raw, or one of several averages such as ema_0.9999")
+    export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+
+    imported = command("import", _import, "Convert a published checkpoint to the form that export writes.")
+    imported.add_argument(
+        "file", help="for PixelDiT a Lightning .ckpt; NVIDIA's weights stay under NSCLv1 (non-commercial)"
+    )
+    imported.add_argument("out", help="folder to write")
+    imported.add_argument("--system", required=True, choices=("pixeldit",))
+    imported.add_argument("--image-size", type=int, default=256, help="pixels a side (default: 256)")
+    imported.add_argument("--weights", choices=("ema", "raw"), default="ema")
+
+    data = commands.add_parser("data", help="Check or pack a data set.").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    scan = command("scan", _data_scan, "Decode every image and report classes, sizes and unreadable files.", data)
+    scan.add_argument("root", help="data.root of a configuration")
+    scan.add_argument("--out", help="JSON file to write")
+    pack = command("pack", _data_pack, "Crop and resize a data set once, into a form that needs no decoding.", data)
+    pack.add_argument("root", help="data.root of a configuration")
+    pack.add_argument("out", help="folder to write")
+    pack.add_argument("--size", type=int, default=256, help="pixels a side (default: 256)")
+    pack.add_argument(
+        "--crop", choices=("adm", "squash"), default="adm", help="centre crop, or squeeze the whole image"
+    )
+    pack.add_argument(
+        "--upright", action="store_true", help="turn images as their EXIF orientation says (ADM does not)"
+    )
+    return parser
+
+
+def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", help="run folder, checkpoint, or exported folder")
+    parser.add_argument("--weights", help="ema (default), raw, or one of several averages such as ema_0.9999")
+    parser.add_argument("--steps", type=int, help="solver steps")
+    parser.add_argument("--solver", choices=("euler", "heun", "adams2"))
+    parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1 is none")
+    parser.add_argument(
+        "--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times between which guidance acts"
+    )
+    parser.add_argument("--shift", type=float, help="time shift; above 1 spends more steps near the noise")
+    parser.add_argument("--seed", type=int, help="seed of the initial noise")
+    parser.add_argument("--batch", type=int, help="images drawn at once; does not change them")
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""Where the numbers of a run go: console, metrics.jsonl, TensorBoard and, if asked, Weights & Biases. Rank 0 writes.
+
+model FLOP/s = images/s x FLOPs of a training image (forward counted by operator, 2 per multiply-add, times 3), and its
+share of the device's peak: the data sheet's dense bf16 rate of a GPU, or the float32 matrix-multiply rate of this CPU,
+measured when the run starts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+log = logging.getLogger(__name__)
+
+# Dense bf16 FLOP/s of the SXM or standard part, from NVIDIA's data sheets.
+GPU_PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12}
+
+
+def forward_flops(model: nn.Module, image_size: int) -> int:
+    """FLOPs of one image's forward pass, counted by operator on the meta device: nothing is computed or allocated."""
+    z = torch.empty(1, 3, image_size, image_size, device="meta", dtype=next(model.parameters()).dtype)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(z, torch.empty(1, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta"))
+    return counter.get_total_flops()
+
+
+def device_peak(device: torch.device) -> tuple[float, str]:
+    """(FLOP/s, what it is) of the device; nan for a GPU that is not in the table."""
+    if device.type == "cpu":
+        return _measure_matmul(), f"fp32 matrix products on {torch.get_num_threads()} threads, measured"
+    name = torch.cuda.get_device_name(device)
+    for key, peak in GPU_PEAK.items():
+        if key in name:
+            return peak, f"dense bf16 of {name}, data sheet"
+    return float("nan"), f"unknown for {name}"
+
+
+def _measure_matmul(size: int = 1024, repeats: int = 6) -> float:
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        a @ b
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def memory_used(device: torch.device) -> int:
+    """Peak bytes of this process so far: allocated on the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Metrics:
+    """Sinks of one run. On ranks other than 0 every method does nothing."""
+
+    def __init__(
+        self,
+        folder: Path,
+        rank: int,
+        nimg: int,
+        total: int,
+        *,
+        tensorboard: bool,
+        wandb_project: str | None,
+        config: dict,
+    ) -> None:
+        self.active = rank == 0
+        self.bar = tqdm(
+            total=total,
+            initial=nimg,
+            unit="img",
+            unit_scale=True,
+            desc=folder.name,
+            disable=not self.active,
+            smoothing=0.05,
+        )
+        if not self.active:
+            return
+        path = folder / "metrics.jsonl"
+        _drop_rows_after(path, nimg)
+        self.file = path.open("a", buffering=1)
+        self.writer = _summary_writer(folder, nimg) if tensorboard else None
+        self.wandb = _wandb_run(wandb_project, folder, config) if wandb_project else None
+
+    def advance(self, images: int) -> None:
+        self.bar.update(images)
+
+    def write(self, row: dict[str, float | int | None]) -> None:
+        """Record a row; `nimg` is its clock. loss is None when no step of the interval had a finite one."""
+        if not self.active:
+            return
+        self.file.write(json.dumps(row) + "\n")
+        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+        self.bar.set_postfix_str(f"loss {loss}, {row['images_per_second']:.1f} img/s")
+        if self.writer:
+            for name, value in row.items():
+                if value is not None:
+                    self.writer.add_scalar(name, value, row["nimg"])
+        if self.wandb:
+            self.wandb.log(row)
+
+    def say(self, text: str) -> None:
+        """Print above the progress bar."""
+        if self.active:
+            self.bar.write(text)
+
+    def close(self) -> None:
+        self.bar.close()
+        if self.active:
+            self.file.close()
+            if self.writer:
+                self.writer.close()
+            if self.wandb:
+                self.wandb.finish()
+
+
+def _drop_rows_after(path: Path, nimg: int) -> None:
+    """A resumed run repeats what came after its checkpoint; rows of the first time would show twice."""
+    if not path.exists():
+        return
+    rows = [line for line in path.read_text().splitlines() if _row_nimg(line) <= nimg]
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(f"{row}\n" for row in rows))
+    scratch.replace(path)
+
+
+def _row_nimg(line: str) -> float:
+    try:
+        return json.loads(line)["nimg"]
+    except (json.JSONDecodeError, KeyError):
+        return float("inf")  # the last line of a killed run may be half written
+
+
+def _summary_writer(folder: Path, nimg: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.warning("log.tensorboard is on but tensorboard is not installed; pip install pixelgen_fast[log]")
+        return None
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=nimg)
+
+
+def _wandb_run(project: str, folder: Path, config: dict) -> Any:
+    try:
+        import wandb
+
+        return wandb.init(
+            project=project, name=folder.name, dir=str(folder), config=config, resume="allow", id=folder.name
+        )
+    except Exception as error:  # a logger must never cost a run; the local records go on
+        log.warning("log.wandb_project: Weights & Biases did not start, the run goes on without it: %s", error)
+        return None

@@ -1,0 +1,149 @@
+"""AdamW with weight averages as optimizer state, on whatever shard of the parameters it is given.
+
+The averages live beside the moments, so that sharding them needs nothing of its own: DeepSpeed hands this optimizer
+flat fp32 shards at every ZeRO stage, and one element-wise pass (`pixelgen_kernels.adamw_ema`) updates weights,
+moments and averages. Nothing is gathered in a step.
+
+EMA with warm-up (off by default), s = number of the step, 1 for the first:
+
+    d_s = min(decay, (1 + s) / (10 + s)),      ema <- d_s ema + (1 - d_s) p
+
+A step whose global gradient norm is not finite changes no weight, moment, average or step count; it is counted. All of
+it stays on the device: the host never waits. `counters` = (steps applied, steps skipped, steps skipped in a row).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from pixelgen_kernels.adamw_ema import adamw_ema
+from torch import Tensor
+
+APPLIED, SKIPPED, SKIPPED_IN_A_ROW = range(3)
+COUNTERS = ("step", "skipped", "skipped_in_a_row")
+
+
+def ema_key(decay: float) -> str:
+    """The state key of an average, e.g. `ema_0.9999`."""
+    return f"ema_{float(decay)!r}"
+
+
+class AdamWEMA(torch.optim.Optimizer):
+    """AdamW (decoupled weight decay) with one exponential moving average of the weights for each decay.
+
+    params: parameters or param groups. A group may set `lr`, `weight_decay`, `betas`, `eps`, and `ema: bool`
+    (False: trained, not averaged). ema_decays: distinct values in [0, 1). ema_warmup: the formula above.
+    State of each parameter: `exp_avg`, `exp_avg_sq` (zeros at the start) and `ema_<decay>` (a copy of the weights).
+
+    Used alone, it judges a step by the norm of the gradients it holds. Under ZeRO it holds a shard only and is called
+    once for each group, so `grad_norm` is set to a function that returns the global norm, and whoever sets it calls
+    `end_step(norm)` once after each step.
+
+    Raises ValueError for decays, betas, learning rates or weight decays out of range.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        ema_decays: Sequence[float] = (0.9999,),
+        ema_warmup: bool = False,
+    ) -> None:
+        self.ema_decays = tuple(float(d) for d in ema_decays)
+        self.ema_warmup = ema_warmup
+        self.grad_norm: Callable[[], Tensor | float] | None = None
+        if any(not 0.0 <= d < 1.0 for d in self.ema_decays) or len(set(self.ema_decays)) < len(self.ema_decays):
+            raise ValueError(f"ema_decays must be distinct and in [0, 1), got {list(ema_decays)}")
+        super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, ema=True))
+        for number, group in enumerate(self.param_groups):
+            _check_group(number, group)
+        device = self.param_groups[0]["params"][0].device
+        self.counters = torch.zeros(3, dtype=torch.int64, device=device)
+
+    def ema_keys(self, group: dict[str, Any]) -> list[str]:
+        """The average keys of a group's parameters; none if the group is not averaged."""
+        return [ema_key(d) for d in self.ema_decays] if group["ema"] else []
+
+    @torch.no_grad()
+    def init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
+        """Make a parameter's state if it has none: zero moments, averages equal to the weights."""
+        state = self.state[param]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+            for key in self.ema_keys(group):
+                state[key] = param.detach().clone()
+        return state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update every parameter that has a gradient, unless the gradient norm is not finite."""
+        if closure is not None:
+            raise ValueError("AdamWEMA.step takes no closure: compute the loss and its gradients before the step")
+        norm = self._local_norm() if self.grad_norm is None else self.grad_norm()
+        skip = ~self._finite(norm)
+        step = self.counters[APPLIED] + 1
+        decays = self._decays(step)
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                state = self.init_state(param, group)
+                keys = self.ema_keys(group)
+                adamw_ema(
+                    param, param.grad, state["exp_avg"], state["exp_avg_sq"], [state[key] for key in keys],
+                    lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
+                    step=step, skip=skip, ema_decays=decays[: len(keys)],
+                )  # fmt: skip
+        if self.grad_norm is None:
+            self.end_step(norm)
+
+    @torch.no_grad()
+    def end_step(self, norm: Tensor | float) -> None:
+        """Count the step that has just been made, by the global gradient norm it was made with."""
+        finite = self._finite(norm).to(torch.int64)
+        self.counters[APPLIED] += finite
+        self.counters[SKIPPED] += 1 - finite
+        self.counters[SKIPPED_IN_A_ROW] = (self.counters[SKIPPED_IN_A_ROW] + 1) * (1 - finite)
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of every group for the next step."""
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    def scalars(self) -> dict[str, int]:
+        """The counters as plain numbers, for a checkpoint. Waits for the device."""
+        return dict(zip(COUNTERS, self.counters.tolist(), strict=True))
+
+    def load_scalars(self, scalars: dict[str, int]) -> None:
+        """Set the counters from what `scalars` gave."""
+        self.counters.copy_(torch.tensor([scalars[name] for name in COUNTERS]))
+
+    def _decays(self, step: Tensor) -> list[float | Tensor]:
+        if not self.ema_warmup:
+            return list(self.ema_decays)
+        warm = (1.0 + step.to(torch.float64)) / (10.0 + step)
+        return [warm.clamp(max=decay) for decay in self.ema_decays]
+
+    def _finite(self, norm: Tensor | float) -> Tensor:
+        return torch.isfinite(torch.as_tensor(norm, device=self.counters.device))
+
+    def _local_norm(self) -> Tensor:
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
+
+
+def _check_group(number: int, group: dict[str, Any]) -> None:
+    beta1, beta2 = group["betas"]
+    if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+        raise ValueError(f"param group {number}: betas must be in [0, 1), got {group['betas']}")
+    for key in ("lr", "eps", "weight_decay"):
+        if group[key] < 0.0:
+            raise ValueError(f"param group {number}: {key} must not be negative, got {group[key]}")

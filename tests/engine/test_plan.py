@@ -1,0 +1,42 @@
+"""The memory plan against a count by hand, and saved activations against what a CPU really keeps."""
+
+import pytest
+import torch
+from torch import nn
+
+from pixelgen_fast.engine.plan import Plan, saved_bytes
+from pixelgen_fast.models import pixeldit
+
+
+def test_state_bytes_by_stage() -> None:
+    """1000 bf16 parameters, one average: 2 + 4 + 4 x 4 (master, moments, average) bytes each, sharded by stage."""
+    p = Plan(parameters=1000, flops=0, activation_bytes=0, weight_bytes=2, averages=1)
+    assert [p.state_bytes(stage, 1) for stage in (1, 2, 3)] == [22_000] * 3
+    assert p.state_bytes(1, 4) == 6_000 + 16_000 / 4
+    assert p.state_bytes(2, 4) == 2_000 + 20_000 / 4
+    assert p.state_bytes(3, 4) == 22_000 / 4
+
+
+class Toy(nn.Module):
+    """Linear keeps its input (3 * 8 * 8 floats an image) and sigmoid its output (16 floats)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(192, 16)
+
+    def forward(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.linear(z.flatten(1)).sigmoid()
+
+
+def test_saved_bytes_of_a_model_known_by_hand() -> None:
+    with torch.device("meta"):
+        assert saved_bytes(Toy(), 8) == 4 * (192 + 16)
+
+
+def test_saved_bytes_per_image_do_not_depend_on_the_batch() -> None:
+    config = pixeldit.Config(
+        hidden_size=24, num_heads=2, patch_depth=1, patch_size=4, pixel_hidden_size=8, pixel_depth=1
+    )
+    with torch.device("meta"):
+        model = pixeldit.build(config, 16, 3)
+    assert saved_bytes(model, 16, 64) == pytest.approx(saved_bytes(model, 16, 256), rel=0.02)

@@ -1,0 +1,88 @@
+"""Signals to a real process: what it does, and what it exits with."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from pixelgen_fast.engine import signals
+from pixelgen_fast.engine.signals import REQUEUE, StopRequest
+
+WORKER = Path(__file__).with_name("signal_worker.py")
+
+
+def start(task: str) -> subprocess.Popen:
+    command = [sys.executable, str(WORKER), task]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_an_interrupt_finishes_the_step_and_the_exit_code_asks_for_requeue():
+    process = start("obey")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (out, process.returncode) == ("saved after SIGINT\n", REQUEUE), err
+
+
+def test_termination_does_too_and_children_are_not_confused():
+    process = start("children")
+    assert process.stdout.readline() == "SIGTERM True False\n"
+    assert process.stdout.readline() == "ready\n"
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert (out, process.returncode) == ("saved after SIGTERM\n", REQUEUE), err
+
+
+def test_a_second_interrupt_stops_at_once():
+    process = start("linger")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "asked\n"
+    time.sleep(2 * signals.ECHO_SECONDS)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert out == "" and "KeyboardInterrupt" in err
+    assert process.returncode not in (0, REQUEUE)
+
+
+def test_an_echo_of_an_interrupt_is_not_a_second_one(monkeypatch):
+    clock = iter([100.0, 100.0 + signals.ECHO_SECONDS / 2, 100.0 + signals.ECHO_SECONDS * 2])
+    monkeypatch.setattr(signals.time, "monotonic", lambda: next(clock))
+    with StopRequest() as stop:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        assert stop.name == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with StopRequest() as stop:
+        assert not stop.requested and stop.name is None
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.requested and stop.name == "SIGTERM" and stop.agreed()
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def rank(number: int, port: int) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
+    with StopRequest() as stop:
+        assert not stop.agreed()
+        if number == 1:
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.agreed(), "rank 0 stops because rank 1 was asked"
+    dist.destroy_process_group()
+
+
+def test_all_ranks_agree():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.start_processes(rank, (port,), nprocs=2, start_method="fork")

@@ -1,0 +1,265 @@
+"""Runs from the command line on the digits: stopping, killing, resuming elsewhere, bad steps, and what a run leaves.
+
+The data, noise, time and labels of a step are functions of its image numbers, so every way of getting to the same image
+must end with the same weights: bit for bit on one rank, to rounding where the order of sums changes.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from golden_reference import relative
+from PIL import Image
+
+from pixelgen_fast.cli import main
+from pixelgen_fast.engine import generator
+from pixelgen_fast.engine.checkpoint import checkpoints, read_state, read_weights
+from pixelgen_fast.engine.objective import FlowMatching
+from pixelgen_fast.engine.signals import REQUEUE
+
+DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
+# An odd hidden size of the feed-forward layer (hidden 36: int(8/3 * 36) = 96) and 13 classes' worth of uneven shards.
+TINY = ["model.hidden_size=36", "model.num_heads=3", "model.patch_depth=1", "model.pixel_depth=1", "data.flip=true",
+        "optimizer.schedule=constant", "optimizer.warmup_images=32", "optimizer.ema=[0.5,0.9]", "sample.steps=2",
+        "train.global_batch=16", "train.micro_batch=8", "log.every_images=16", "save.every_images=32",
+        "sample.grid_every_images=0", "log.tensorboard=false"]  # fmt: skip
+
+
+def command(folder: Path, images: int, *overrides: str) -> list[str]:
+    return ["train", DIGITS, *TINY, f"run.dir={folder}", f"train.images={images}", *overrides]
+
+
+def start(launcher: list[str], folder: Path, images: int, *overrides: str) -> subprocess.Popen:
+    env = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    arguments = [*launcher, *command(folder, images, *overrides)]
+    return subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+PYTHON = [sys.executable, "-m", "pixelgen_fast"]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "-m",
+    "pixelgen_fast",
+]
+
+
+def newest(folder: Path) -> Path:
+    return checkpoints(folder / "checkpoints")[0]
+
+
+def states(folder: Path) -> dict[str, torch.Tensor]:
+    """Weights and both averages of a run's newest checkpoint."""
+    kinds = ("raw", "ema_0.5", "ema_0.9")
+    return {f"{kind} {name}": v for kind in kinds for name, v in read_weights(newest(folder), kind).items()}
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 images in one go on one rank."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert main(command(folder, 400)) == 0
+    return folder
+
+
+def test_stop_and_kill_change_nothing(whole_run: Path, tmp_path: Path) -> None:
+    """SIGTERM saves and exits with its own code; kill -9 loses only what was not saved; the end is bit-identical."""
+    folder = tmp_path / "broken"
+    process = start(PYTHON, folder, 400)
+    wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text(), process)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == REQUEUE, said
+    assert "stopped by a signal" in said
+    stopped_at = read_state(newest(folder))["nimg"]
+    assert 0 < stopped_at < 400
+
+    process = start(PYTHON, folder, 400)
+    wait_for(lambda: read_state(newest(folder))["nimg"] > stopped_at, process)
+    process.kill()
+    process.communicate()
+    assert read_state(newest(folder))["nimg"] < 400
+
+    assert main(command(folder, 400)) == 0
+    expected, found = states(whole_run), states(folder)
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    wanted = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["nimg"] for row in rows] == [row["nimg"] for row in wanted] == list(range(16, 401, 16))
+    assert [row["loss"] for row in rows] == [row["loss"] for row in wanted]
+
+
+def test_other_world_sizes_and_stages_end_the_same(whole_run: Path, tmp_path: Path) -> None:
+    """One rank at stage 1, then two at stage 3, then one at stage 2: weights and averages to 1e-5."""
+    folder = tmp_path / "moved"
+    assert main(command(folder, 128)) == 0
+    process = start(TORCHRUN, folder, 272, "train.zero_stage=3")
+    said = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, said
+    assert "resumed" in said and "image 128 of 272" in said and "train.zero_stage has changed: 1 -> 3" in said
+    assert main(command(folder, 400, "train.zero_stage=2")) == 0
+    expected, found = states(whole_run), states(folder)
+    for name in expected:
+        assert relative(found[name], expected[name]) < 1e-5, name
+
+
+def test_deepspeed_launcher(tmp_path: Path) -> None:
+    deepspeed = str(Path(sys.executable).with_name("deepspeed"))
+    launcher = [deepspeed, "--num_accelerators", "2", "--master_port", "29471", "--module", "pixelgen_fast"]
+    process = start(launcher, tmp_path / "run", 48)
+    said = process.communicate(timeout=200)[0]
+    assert process.returncode == 0, said
+    assert "2 x cpu" in said and read_state(newest(tmp_path / "run"))["world"] == 2
+
+
+def test_what_a_run_leaves(whole_run: Path) -> None:
+    for name in ("final.png", "loss.png"):
+        assert Image.open(whole_run / name).size[0] > 100
+    rows = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["images_per_second"] > 0 and 0 < rows[-1]["model_flops_share"] < 1
+    assert {"lr", "grad_norm", "memory_bytes", "loader_wait_share"} <= rows[-1].keys()
+    assert [int(p.name) for p in checkpoints(whole_run / "checkpoints")] == [400, 384]
+    assert "hidden_size: 36" in (whole_run / "config.yaml").read_text()
+
+
+def test_a_finished_run_does_no_work_again(whole_run: Path, capsys: pytest.CaptureFixture) -> None:
+    before = states(whole_run)
+    assert main(command(whole_run, 400)) == 0
+    assert "image 400 of 400" in capsys.readouterr().out
+    assert all(torch.equal(before[name], value) for name, value in states(whole_run).items())
+
+
+def test_resume_refuses_what_does_not_fit(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(command(tmp_path / "new", 64, f"run.resume={tmp_path / 'nothing'}")) == 2
+    assert "holds no valid checkpoint" in capsys.readouterr().err
+    assert main(command(whole_run, 400, "model.patch_depth=2")) == 2
+    assert "model.patch_depth (1 -> 2)" in capsys.readouterr().err
+
+
+def test_exported_weights_draw_the_same_images(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    labels = torch.arange(4)
+    drawn = generator.load(whole_run).draw(labels)
+    assert main(["export", str(whole_run), str(tmp_path / "out")]) == 0
+    assert torch.equal(generator.load(tmp_path / "out").draw(labels), drawn)
+    raw = generator.load(whole_run, "raw")
+    assert not torch.equal(raw.model.head.linear.weight, generator.load(whole_run).model.head.linear.weight)
+    assert main(["export", str(whole_run), str(tmp_path / "raw16"), "--weights", "raw", "--dtype", "bf16"]) == 0
+    assert generator.load(tmp_path / "raw16").model.head.linear.weight.dtype == torch.bfloat16
+    assert main(["export", str(whole_run), str(tmp_path / "out")]) == 2
+    assert "not empty" in capsys.readouterr().err
+    assert main(command(tmp_path / "tuned", 48, f"run.init={tmp_path / 'out'}")) == 0
+
+
+def test_samples_do_not_depend_on_the_batch(whole_run: Path) -> None:
+    drawer = generator.load(whole_run)
+    labels = torch.arange(7)
+    together, alone = drawer.draw(labels, batch=7), drawer.draw(labels, batch=1)
+    assert np.abs(together.numpy().astype(int) - alone.numpy().astype(int)).max() <= 1
+    assert torch.equal(drawer.draw(labels[3:], first=3, batch=4), drawer.draw(labels, batch=4)[3:]) or (
+        np.abs(drawer.draw(labels[3:], first=3).numpy().astype(int) - together[3:].numpy().astype(int)).max() <= 1
+    )
+
+
+def test_sample_and_evaluate_commands(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    out = tmp_path / "drawn"
+    assert main(["sample", str(whole_run), "--classes", "3", "7", "--per-class", "2", "--out", str(out)]) == 0
+    assert sorted(p.relative_to(out).parts[0] for p in out.glob("*/*.png")) == ["3", "3", "7", "7"]
+    assert (out / "grid.png").is_file()
+    assert main(["sample", str(whole_run), "--classes", "x"]) == 2
+    assert "no such class; there are 0, 1" in capsys.readouterr().err
+    assert main(["evaluate", str(whole_run), "--samples", "40", "--out", str(tmp_path / "e.json")]) == 0
+    assert "of 40 generated digits show the requested class" in capsys.readouterr().out
+    assert json.loads((tmp_path / "e.json").read_text())["report"]["generated"] == 40
+    assert main(["evaluate", str(tmp_path / "drawn")]) == 2
+    assert "holds no valid checkpoint" in capsys.readouterr().err
+
+
+class Spoiled:
+    """FlowMatching.forward whose loss is not finite for a range of image numbers."""
+
+    def __init__(self, first: int, last: int) -> None:
+        self.first, self.last, self.original = first, last, FlowMatching.forward
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def forward(
+            module: FlowMatching, images: torch.Tensor, labels: torch.Tensor, numbers: torch.Tensor
+        ) -> torch.Tensor:
+            loss = self.original(module, images, labels, numbers)
+            bad = ((numbers >= self.first) & (numbers < self.last)).any()
+            return loss * torch.where(bad, torch.inf, 1.0)
+
+        monkeypatch.setattr(FlowMatching, "forward", forward)
+
+
+def test_steps_that_are_not_finite_are_skipped_and_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    Spoiled(48, 80).install(monkeypatch)
+    assert main(command(tmp_path / "run", 112)) == 0
+    said = capfd.readouterr().out
+    assert "images 48 to 64 skipped" in said and "(2 in a row)" in said and "images 80" not in said
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped_steps"] for row in rows] == [0, 0, 0, 1, 2, 2, 2]
+    assert read_state(newest(tmp_path / "run"))["optimizer"]["step"] == 5
+
+
+def test_ten_bad_steps_in_a_row_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    Spoiled(48, 10_000).install(monkeypatch)
+    assert main(command(tmp_path / "run", 400, "save.keep=9")) == 2
+    error = capsys.readouterr().err
+    assert "10 steps in a row" in error and "image 208" in error
+    assert "last good checkpoint is" in error
+
+
+def test_own_images_of_every_kind(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    """configs/folder.yaml on mixed sizes, modes and formats, fewer images than a batch, one of them unreadable."""
+    random = np.random.default_rng(0)
+    root = tmp_path / "images"
+    for i, (mode, name) in enumerate(
+        [("RGB", "a.jpg"), ("L", "b.png"), ("CMYK", "c.jpg"), ("P", "d.png"), ("RGBA", "e.png"), ("RGB", "f.webp")]
+    ):
+        folder = root / ("cats" if i % 2 else "dogs")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = random.integers(0, 256, (40 + 30 * i, 90 - 7 * i, 3), dtype=np.uint8)
+        Image.fromarray(pixels).convert(mode).save(folder / name)
+    (root / "cats" / "broken.jpg").write_bytes((root / "dogs" / "a.jpg").read_bytes()[:500])
+    small = ["model.hidden_size=36", "model.num_heads=3", "model.patch_depth=1", "model.pixel_depth=1",
+             "train.images=32", "train.global_batch=16", "train.micro_batch=8", "optimizer.warmup_images=0",
+             "log.every_images=16", "sample.steps=2", "log.tensorboard=false"]  # fmt: skip
+    config = str(Path(DIGITS).with_name("folder.yaml"))
+    assert main(["train", config, f"data.root={root}", f"run.dir={tmp_path / 'run'}", *small]) == 0
+    assert "7 images in 2 classes" in capfd.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["replaced_images"] == 1
+    assert json.loads((tmp_path / "run" / "classes.json").read_text()) == ["cats", "dogs"]
+
+    assert main(["train", config, f"data.root={tmp_path / 'none'}", f"run.dir={tmp_path / 'run2'}", *small]) == 2
+    assert "does not exist" in capfd.readouterr().err
+    assert not (tmp_path / "run2" / "checkpoints").exists()
+    assert main(["data", "scan", str(root)]) == 0
+    assert "broken.jpg" in capfd.readouterr().out
+    assert main(["data", "pack", str(root), str(tmp_path / "packed"), "--size", "64", "--upright"]) == 0
+    packed = [f"data.root={tmp_path / 'packed'}", f"run.dir={tmp_path / 'run3'}"]
+    assert main(["train", config, *packed, *small]) == 0

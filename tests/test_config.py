@@ -1,0 +1,110 @@
+"""What the configuration accepts and how it refuses."""
+
+from pathlib import Path
+
+import pytest
+
+from pixelgen_fast import config as cfg
+from pixelgen_fast.cli import main
+from pixelgen_fast.engine.generator import model_schema
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+DIGITS = str(CONFIGS / "digits.yaml")
+
+
+def load(*overrides: str) -> cfg.Config:
+    return cfg.load(DIGITS, overrides, model_schema)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_configuration_is_valid_and_says_how_to_run(path: Path) -> None:
+    cfg.load(path, [], model_schema)
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert any(f"train configs/{path.name}" in line for line in head)
+    assert any(line.startswith("# Hardware:") for line in head)
+
+
+def test_overrides_are_typed() -> None:
+    config = load("optimizer.lr=2e-4", "optimizer.ema=[0.9,0.99]", "sample.interval=[0.1,0.9]", "data.num_classes=null")
+    assert config.optimizer.lr == 2e-4 and config.optimizer.ema == [0.9, 0.99]
+    assert config.sample.interval == (0.1, 0.9) and config.data.num_classes is None
+
+
+def test_plain_types_round_trip() -> None:
+    config = load("optimizer.schedule=stepped", "optimizer.drops=[{at_images: 640, lr: 1e-5}]")
+    assert cfg.from_dict(cfg.to_dict(config), model_schema) == config
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer.lrr=1", "optimizer.lrr: unknown key; did you mean optimizer.lr?"),
+        ("model.patchsize=4", "did you mean model.patch_size?"),
+        ("optimiser.lr=1", "optimiser: unknown key; did you mean optimizer?"),
+        ("train.zero_stage=4", r"expected one of \[1, 2, 3\]"),
+        ("sample.solver=rk4", "expected one of .*'heun'"),
+        ("train.images=many", "train.images: Value 'many'"),
+        ("train", "write key.sub=value"),
+        ("train.micro_batch=3", "valid micro batches: 1, 2, 4, 8, 16, 32, 64"),
+        ("objective.class_drop=1.5", r"class_drop is 1.5; it is a probability in \[0, 1\)"),
+        ("optimizer.ema=[1.0]", "decays between 0 and 1"),
+        ("optimizer.schedule=stepped", "give optimizer.drops"),
+        ("sample.interval=[0.9,0.1]", "the first must be below"),
+        ("train.images=0", "train.images is 0; it must be above 0"),
+        ("model.system=unet", "unknown system 'unet'"),
+    ],
+)
+def test_refusals_name_the_key_and_the_fix(override: str, message: str) -> None:
+    with pytest.raises(cfg.ConfigError, match=message):
+        load(override)
+
+
+def test_combinations_that_cannot_work_are_refused() -> None:
+    with pytest.raises(cfg.ConfigError, match="compile_blocks does not work with train.zero_stage 3"):
+        load("train.compile_blocks=true", "train.zero_stage=3")
+    with pytest.raises(cfg.ConfigError, match="bf16 on run.device cpu"):
+        load("train.precision=bf16", "run.device=cpu")
+    config = load("train.global_batch=64", "train.micro_batch=32")
+    assert cfg.check_world(config, 1) == 2 and cfg.check_world(config, 2) == 1
+    with pytest.raises(cfg.ConfigError, match="does not divide the 16 images"):
+        cfg.check_world(config, 4)
+    with pytest.raises(cfg.ConfigError, match="does not divide over 3 ranks"):
+        cfg.check_world(config, 3)
+
+
+def test_missing_and_malformed_files(tmp_path: Path) -> None:
+    with pytest.raises(cfg.ConfigError, match="no such configuration file; there are .*digits.yaml"):
+        cfg.load(CONFIGS / "digit.yaml", [], model_schema)
+    for text, message in [
+        ("model: {system", "not valid YAML"),
+        ("- 1\n", "mapping of sections"),
+        ("run: {seed: 1}\n", "model.system is missing"),
+    ]:
+        (tmp_path / "x.yaml").write_text(text)
+        with pytest.raises(cfg.ConfigError, match=message):
+            cfg.load(tmp_path / "x.yaml", [], model_schema)
+
+
+def test_command_line_refuses_with_exit_code_2(capsys: pytest.CaptureFixture) -> None:
+    assert main(["train", DIGITS, "optimizer.lrr=1"]) == 2
+    assert "did you mean optimizer.lr?" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        main(["sample", "run", "strange"])
+    assert stopped.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "gflops"),
+    [
+        ("pixeldit_b_256", "184,749,155", "75.43"),
+        ("pixeldit_l_256", "569,648,963", "227.77"),
+        ("pixeldit_xl_256", "797,383,203", "311.19"),
+        ("pixeldit_xl_512", "797,383,203", "1352.24"),
+    ],
+)
+def test_dry_run_prints_the_published_sizes(
+    name: str, parameters: str, gflops: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["train", str(CONFIGS / f"{name}.yaml"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert parameters in printed and f"{gflops} forward" in printed and "stage 3" in printed
