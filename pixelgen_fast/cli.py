@@ -176,6 +176,39 @@ def _data_pack(args: argparse.Namespace) -> int:
     return 0
 
 
+def _kernels_report(args: argparse.Namespace) -> int:
+    from pixelgen_kernels import report
+
+    return report.main(args.arguments)
+
+
+def _kernels_warmup(args: argparse.Namespace) -> int:
+    from pixelgen_kernels.launch import ModelShape
+    from pixelgen_kernels.warmup import warmup
+
+    from pixelgen_fast.engine import generator
+
+    c = cfg.load(args.config, args.overrides, generator.model_schema)
+    m = c.model
+    shape = ModelShape(
+        name=Path(args.config).stem,
+        width=m.hidden_size,
+        heads=m.num_heads,
+        ffn=int(2 * 4 * m.hidden_size / 3),
+        depth=m.patch_depth,
+        pixel_depth=m.pixel_depth,
+        parameters=0,
+        batch=c.train.micro_batch,
+        tokens=(c.data.image_size // m.patch_size) ** 2,
+        pixels=m.patch_size**2,
+        channels=m.pixel_hidden_size,
+        pixel_hidden=m.pixel_mlp_ratio * m.pixel_hidden_size,
+        patch=m.patch_size,
+    )
+    print(warmup(shape))
+    return 0
+
+
 def _device(args: argparse.Namespace) -> str:
     import torch
 
@@ -266,6 +299,17 @@ def _parser() -> argparse.ArgumentParser:
     pack.add_argument(
         "--upright", action="store_true", help="turn images as their EXIF orientation says (ADM does not)"
     )
+
+    kernels = commands.add_parser("kernels", help="Judge or prepare the kernels.")
+    kernels = kernels.add_subparsers(required=True, metavar="COMMAND")
+    text = "Compile every kernel for an H100, with or without one, and say what it costs."
+    report = command("report", _kernels_report, text, kernels)
+    report.add_argument("arguments", nargs=argparse.REMAINDER, help="see python -m pixelgen_kernels.report --help")
+    warm = command(
+        "warmup", _kernels_warmup, "Compile ahead, on this GPU, all kernels that a configuration needs.", kernels
+    )
+    warm.add_argument("config", help="YAML file")
+    warm.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
     return parser
 
 

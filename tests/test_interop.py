@@ -16,7 +16,11 @@ def golden() -> Golden:
     return Golden("pixeldit")
 
 
-def test_output_loss_and_every_gradient_match_the_published_code(golden: Golden) -> None:
+@pytest.mark.parametrize("body", ["reference", "triton"])
+def test_output_loss_and_every_gradient_match_the_published_code(
+    golden: Golden, body: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIXELGEN_OPS", body)
     module = interop.from_reference("pixeldit", golden.config, golden.state)
     x = golden.x.clone().requires_grad_()
     output = module(x, golden.t, golden.y)

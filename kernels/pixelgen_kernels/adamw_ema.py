@@ -9,15 +9,27 @@ With gradient g, learning rate lr, decay w, step s = 1, 2, ... (Loshchilov & Hut
 A step whose `skip` is true leaves every tensor as it is. `step` and `skip` may live on the device, so that a
 GPU never waits for the host.
 
+The kernel reads and writes every stream once, 16 bytes a thread at a time: 16 + 8 a bytes in, 12 + 4 a out, 2 more
+for the bf16 copy, a the number of averages. The corrections 1 - b^s = -expm1(s log b) are taken on the device.
+
 Shapes: every tensor is the same flat shard [n] of fp32 state, or any one shape; `step`, `skip` and decays are 0-dim.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from pixelgen_kernels import library
+from pixelgen_kernels.launch import Launch, ModelShape
+
+MOST_EMAS = 4
 
 
 def reference(
@@ -54,6 +66,151 @@ def reference(
         old.copy_(torch.where(keep, new, old))
 
 
+class Config(NamedTuple):
+    """A program updates `block` consecutive elements."""
+
+    block: int
+    num_warps: int
+
+
+CONFIGS = (Config(1024, 4), Config(2048, 8), Config(2048, 4), Config(512, 4))
+
+
+@triton.jit
+def _one_minus_exp(x):
+    """1 - exp(x) for x <= 0 to float32 rounding: its series where the difference would cancel."""
+    series = 1.0 + x / 8.0
+    for i in tl.static_range(7, 1, -1):
+        series = 1.0 + x / i * series
+    return tl.where(x > -0.5, -x * series, 1.0 - tl.exp(x))
+
+
+@triton.jit
+def _average(ema_ptr, decay_ptr, offset, mask, param):
+    ema = tl.load(ema_ptr + offset, mask=mask)
+    tl.store(ema_ptr + offset, ema + (1.0 - tl.load(decay_ptr)) * (param - ema), mask=mask)
+
+
+@triton.jit
+def adamw_ema_kernel(
+    param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, bf16_ptr,
+    ema0_ptr, ema1_ptr, ema2_ptr, ema3_ptr, decay0_ptr, decay1_ptr, decay2_ptr, decay3_ptr, step_ptr, skip_ptr,
+    N, lr, beta1, one_minus_beta1, log_beta1, beta2, one_minus_beta2, log_beta2, eps, keep_weight,
+    EMAS: tl.constexpr, BF16: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = (offset < N) & (tl.load(skip_ptr) == 0)
+    step = tl.load(step_ptr)
+    g = tl.load(grad_ptr + offset, mask=mask).to(tl.float32)
+    m = beta1 * tl.load(exp_avg_ptr + offset, mask=mask) + one_minus_beta1 * g
+    v = beta2 * tl.load(exp_avg_sq_ptr + offset, mask=mask) + one_minus_beta2 * g * g
+    tl.store(exp_avg_ptr + offset, m, mask=mask)
+    tl.store(exp_avg_sq_ptr + offset, v, mask=mask)
+
+    rate = lr / _one_minus_exp(step * log_beta1)
+    denominator = tl.sqrt(v / _one_minus_exp(step * log_beta2)) + eps
+    p = keep_weight * tl.load(param_ptr + offset, mask=mask) - rate * m / denominator
+    tl.store(param_ptr + offset, p, mask=mask)
+    if BF16:
+        tl.store(bf16_ptr + offset, p.to(bf16_ptr.dtype.element_ty), mask=mask)
+    if EMAS > 0:
+        _average(ema0_ptr, decay0_ptr, offset, mask, p)
+    if EMAS > 1:
+        _average(ema1_ptr, decay1_ptr, offset, mask, p)
+    if EMAS > 2:
+        _average(ema2_ptr, decay2_ptr, offset, mask, p)
+    if EMAS > 3:
+        _average(ema3_ptr, decay3_ptr, offset, mask, p)
+
+
+@torch.library.custom_op("pixelgen::adamw_ema", mutates_args=("param", "exp_avg", "exp_avg_sq", "emas", "bf16_out"))
+def _adamw_ema(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    emas: Sequence[Tensor],
+    decays: Sequence[Tensor],
+    step: Tensor,
+    skip: Tensor,
+    bf16_out: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    launch_update(
+        param, grad, exp_avg, exp_avg_sq, emas, decays, step, skip, bf16_out, lr, beta1, beta2, eps, weight_decay
+    )
+
+
+@_adamw_ema.register_fake
+def _(*_: object) -> None:
+    return None
+
+
+def launch_update(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    emas: Sequence[Tensor],
+    decays: Sequence[Tensor],
+    step: Tensor,
+    skip: Tensor,
+    bf16_out: Tensor | None,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    config: Config = CONFIGS[0],
+) -> None:
+    """Start the kernel. decays, step: float32 0-dim tensors on the shard's device; skip: bool."""
+    N = param.numel()
+    if N == 0:
+        return
+    # An unused pointer must still be a pointer; the kernel does not touch it.
+    averages = [*emas, *[param] * (MOST_EMAS - len(emas))]
+    decays = [*decays, *[step] * (MOST_EMAS - len(decays))]
+    with torch.cuda.device_of(param):
+        adamw_ema_kernel[(triton.cdiv(N, config.block),)](
+            param, grad, exp_avg, exp_avg_sq, param if bf16_out is None else bf16_out, *averages, *decays,
+            step, skip, N,
+            lr, beta1, 1.0 - beta1, _log(beta1), beta2, 1.0 - beta2, _log(beta2), eps, 1.0 - lr * weight_decay,
+            EMAS=len(emas), BF16=bf16_out is not None, BLOCK=config.block, num_warps=config.num_warps,
+        )  # fmt: skip
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0.0 else -math.inf
+
+
+def aot(shape: ModelShape, config: Config = CONFIGS[0]) -> list[Launch]:
+    """One update of the flat shard of a model's weights over four ranks, with one average and the bf16 copy."""
+    N = shape.parameters // 4 // 16 * 16
+    pointers = {name: "*fp32" for name in adamw_ema_kernel.arg_names if name.endswith("_ptr")}
+    scalars = ("lr", "beta1", "one_minus_beta1", "log_beta1", "beta2", "one_minus_beta2", "log_beta2", "eps")
+    return [
+        Launch(
+            name="adamw_ema_fwd",
+            kernel=adamw_ema_kernel,
+            signature=pointers
+            | {"bf16_ptr": "*bf16", "skip_ptr": "*i1", "N": "i32"}
+            | dict.fromkeys((*scalars, "keep_weight"), "fp32"),
+            constexprs={"EMAS": 1, "BF16": True, "BLOCK": config.block},
+            num_warps=config.num_warps,
+            num_stages=1,
+            grid=triton.cdiv(N, config.block),
+            flops=0,
+            bytes_moved=(5 * 4 + 4 * 4 + 2) * N,
+            rows=N,
+            divisible=("N",),
+        )
+    ]
+
+
 def adamw_ema(
     param: Tensor,
     grad: Tensor,
@@ -80,6 +237,14 @@ def adamw_ema(
     Raises ValueError for shapes, dtypes or counts that do not agree.
     """
     _check(param, grad, exp_avg, exp_avg_sq, emas, ema_decays, bf16_out)
+    if library.body(param) == "triton":
+        _check_kernel(param, grad, exp_avg, exp_avg_sq, emas, bf16_out)
+        torch.ops.pixelgen.adamw_ema(
+            param, grad, exp_avg, exp_avg_sq, list(emas), [_scalar(d, param) for d in ema_decays],
+            _scalar(step, param), param.new_zeros((), dtype=torch.bool) if skip is None else skip, bf16_out,
+            lr, beta1, beta2, eps, weight_decay,
+        )  # fmt: skip
+        return
     # PyTorch's own fused kernel is one pass over these four tensors on CPU and GPU; it reads a float32 step and
     # leaves everything alone where found_inf is 1.
     torch._fused_adamw_(
@@ -100,6 +265,30 @@ def _ema_weight(decay: float | Tensor, skip: Tensor | None, param: Tensor) -> fl
         return 1.0 - decay
     weight = torch.as_tensor(1.0 - decay, dtype=param.dtype, device=param.device)
     return weight if skip is None else weight * ~skip
+
+
+def _scalar(value: float | Tensor, param: Tensor) -> Tensor:
+    """A 0-dim float32 tensor on the shard's device; a number gets there by a fill, which does not wait."""
+    if isinstance(value, Tensor):
+        return value.to(param.device, torch.float32)
+    return torch.full((), value, dtype=torch.float32, device=param.device)
+
+
+def _check_kernel(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, emas: Sequence[Tensor], bf16_out: Tensor | None
+) -> None:
+    """What the kernel asks for beyond `_check`."""
+    if param.dtype != torch.float32:
+        raise ValueError(f"adamw_ema: param must be float32 for the kernel, got {param.dtype}; cast the shard")
+    if len(emas) > MOST_EMAS:
+        raise ValueError(f"adamw_ema: the kernel keeps at most {MOST_EMAS} EMAs in one pass, got {len(emas)}")
+    named = [("param", param), ("grad", grad), ("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)]
+    named += [("ema", e) for e in emas] + ([] if bf16_out is None else [("bf16_out", bf16_out)])
+    for name, x in named:
+        if not x.is_contiguous():
+            raise ValueError(f"adamw_ema: {name} must be contiguous, got strides {x.stride()} for {list(x.shape)}")
+        if x.device != param.device:
+            raise ValueError(f"adamw_ema: {name} must be on {param.device}, got {x.device}")
 
 
 def _check(

@@ -1,17 +1,29 @@
 """Per-head RMSNorm of queries and keys and rotary position embedding, straight from the packed projection.
 
-    q' = RMSNorm(q) * weight,   (a, b) -> (a cos - b sin, a sin + b cos) for each pair (a, b) of consecutive features
+    q' = R n w,  n = q r,  r = 1 / sqrt(mean(q^2) + eps),  R: (a, b) -> (a cos - b sin, a sin + b cos)
+         for each pair (a, b) of consecutive features; the same for k, and v passes through
+    g  = R^T dq',    dq = r (g w - n mean(g w n)),    dw = sum_{B, L, H} g n
 
-Statistics and rotation are float32. RoFormer (arXiv 2104.09864) eq. 34; QK-norm (arXiv 2010.04245).
+Arithmetic is float32. Backward keeps the packed projection alone and writes its packed gradient, v's part included,
+in one pass; sums over tokens are partial sums per chunk of rows and one reduction, in a fixed order.
+RoFormer (arXiv 2104.09864) eq. 34; QK-norm (arXiv 2010.04245).
 Shapes: qkv [B, L, 3 H d] packed as (q, k, v) x heads x features; weights [d]; cos, sin [L, d / 2]; out [B, L, H, d].
+A row is one head of one token.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 from einops import rearrange
 from torch import Tensor
+
+from pixelgen_kernels import library
+from pixelgen_kernels.launch import Launch, ModelShape
 
 
 def qk_norm_rope_reference(
@@ -30,19 +42,261 @@ def _norm_rotate(x_BLHd: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: 
     return rotated.flatten(-2).to(x_BLHd.dtype)
 
 
+class Config(NamedTuple):
+    """Forward, a program handles block_fwd rows of q and of k; backward, chunk_bwd rows, block_bwd at a time, which
+    divides it."""
+
+    block_fwd: int
+    block_bwd: int
+    chunk_bwd: int
+    num_warps: int
+
+
+CONFIGS = (
+    Config(64, 32, 256, 8),
+    Config(32, 16, 256, 4),
+    Config(32, 32, 256, 4),
+    Config(64, 64, 512, 8),
+    Config(16, 16, 128, 4),
+    Config(64, 32, 128, 8),
+)
+
+
+@triton.jit
+def _rotate(x, cos, sin, BLOCK_R: tl.constexpr, BLOCK_d: tl.constexpr):
+    a, b = tl.split(tl.reshape(x, [BLOCK_R, BLOCK_d // 2, 2]))
+    return tl.reshape(tl.join(a * cos - b * sin, a * sin + b * cos), [BLOCK_R, BLOCK_d])
+
+
+@triton.jit
+def _norm_rotate_fwd(x, weight, cos, sin, eps, d: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_d: tl.constexpr):
+    x = x.to(tl.float32)
+    r = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / d + eps)
+    return _rotate(x * r[:, None] * weight, cos, sin, BLOCK_R, BLOCK_d)
+
+
+@triton.jit
+def _norm_rotate_bwd(dy, x, weight, cos, sin, eps, d: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_d: tl.constexpr):
+    """(gradient of x, this tile's part of the gradient of weight)."""
+    x = x.to(tl.float32)
+    r = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / d + eps)[:, None]
+    n = x * r
+    g = _rotate(dy.to(tl.float32), cos, -sin, BLOCK_R, BLOCK_d)
+    u = g * weight
+    return r * (u - n * (tl.sum(u * n, axis=1) / d)[:, None]), tl.sum(g * n, axis=0)
+
+
+@triton.jit
+def qk_norm_rope_fwd_kernel(
+    qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, L, eps,
+    H: tl.constexpr, d: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_d: tl.constexpr,
+):  # fmt: skip
+    blocks = tl.cdiv(L * H, BLOCK_R)
+    image = (tl.program_id(0) // blocks).to(tl.int64)
+    first = (tl.program_id(0) % blocks) * BLOCK_R
+    # offsets count from the token that the first row belongs to
+    token = first // H
+    row = first - token * H + tl.arange(0, BLOCK_R)[:, None]
+    o_d, o_p = tl.arange(0, BLOCK_d)[None, :], tl.arange(0, BLOCK_d // 2)[None, :]
+    m_r = row < (L - token) * H
+    mask, m_p = m_r & (o_d < d), m_r & (o_p < d // 2)
+    qkv_ptr += (image * L + token) * (3 * H * d)
+    o_qkv = (row // H) * (2 * H * d) + row * d + o_d
+    o_table = (token + row // H) * (d // 2) + o_p
+
+    q = tl.load(qkv_ptr + o_qkv, mask=mask, other=0.0)
+    k = tl.load(qkv_ptr + H * d + o_qkv, mask=mask, other=0.0)
+    cos = tl.load(cos_ptr + o_table, mask=m_p, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + o_table, mask=m_p, other=0.0).to(tl.float32)
+    q_weight = tl.load(q_weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
+    k_weight = tl.load(k_weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
+
+    out = (image * L + token) * (H * d) + row * d + o_d
+    q = _norm_rotate_fwd(q, q_weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
+    tl.store(q_ptr + out, q.to(q_ptr.dtype.element_ty), mask=mask)
+    k = _norm_rotate_fwd(k, k_weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
+    tl.store(k_ptr + out, k.to(k_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def qk_norm_rope_bwd_kernel(
+    dq_ptr, dk_ptr, dv_ptr, qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dqkv_ptr, partial_ptr, L, eps,
+    H: tl.constexpr, d: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_d: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    chunks = tl.cdiv(L * H, CHUNK)
+    image = (tl.program_id(0) // chunks).to(tl.int64)
+    first = (tl.program_id(0) % chunks) * CHUNK
+    token = first // H
+    o_d, o_p = tl.arange(0, BLOCK_d)[None, :], tl.arange(0, BLOCK_d // 2)[None, :]
+    q_weight = tl.load(q_weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
+    k_weight = tl.load(k_weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
+    sum_q = tl.zeros([BLOCK_d], tl.float32)
+    sum_k = tl.zeros([BLOCK_d], tl.float32)
+    out = (image * L + token) * (H * d)
+    packed = (image * L + token) * (3 * H * d)
+
+    for r in range(0, tl.minimum(CHUNK, L * H - first), BLOCK_R):
+        row = first - token * H + r + tl.arange(0, BLOCK_R)[:, None]
+        m_r = row < (L - token) * H
+        mask, m_p = m_r & (o_d < d), m_r & (o_p < d // 2)
+        o_qkv = packed + (row // H) * (2 * H * d) + row * d + o_d
+        o_out = out + row * d + o_d
+        o_table = (token + row // H) * (d // 2) + o_p
+
+        dq = tl.load(dq_ptr + o_out, mask=mask, other=0.0)
+        q = tl.load(qkv_ptr + o_qkv, mask=mask, other=0.0)
+        dk = tl.load(dk_ptr + o_out, mask=mask, other=0.0)
+        k = tl.load(qkv_ptr + H * d + o_qkv, mask=mask, other=0.0)
+        dv = tl.load(dv_ptr + o_out, mask=mask, other=0.0)
+        cos = tl.load(cos_ptr + o_table, mask=m_p, other=0.0).to(tl.float32)
+        sin = tl.load(sin_ptr + o_table, mask=m_p, other=0.0).to(tl.float32)
+        dq, part = _norm_rotate_bwd(dq, q, q_weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
+        sum_q += part
+        tl.store(dqkv_ptr + o_qkv, dq.to(dqkv_ptr.dtype.element_ty), mask=mask)
+        dk, part = _norm_rotate_bwd(dk, k, k_weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
+        sum_k += part
+        tl.store(dqkv_ptr + H * d + o_qkv, dk.to(dqkv_ptr.dtype.element_ty), mask=mask)
+        tl.store(dqkv_ptr + 2 * H * d + o_qkv, dv, mask=mask)
+
+    o_d = tl.arange(0, BLOCK_d)
+    partial_ptr += tl.program_id(0).to(tl.int64) * (2 * d)
+    tl.store(partial_ptr + o_d, sum_q, mask=o_d < d)
+    tl.store(partial_ptr + d + o_d, sum_k, mask=o_d < d)
+
+
+def _fake_forward(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    shape = (*qkv.shape[:2], heads, q_weight.shape[0])
+    return qkv.new_empty(shape), qkv.new_empty(shape)
+
+
+def _fake_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return torch.empty_like(qkv), q_weight.new_empty(2, q_weight.shape[0])
+
+
+def launch_forward(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float,
+    config: Config = CONFIGS[0],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q, k = _fake_forward(qkv, q_weight, k_weight, cos, sin, heads, eps)
+    B, L, H, d = q.shape
+    qk_norm_rope_fwd_kernel[(B * triton.cdiv(L * H, config.block_fwd),)](
+        qkv, q_weight, k_weight, cos, sin, q, k, L, eps,
+        H, d, config.block_fwd, triton.next_power_of_2(d), num_warps=config.num_warps,
+    )  # fmt: skip
+    return q, k
+
+
+def launch_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    eps: float, config: Config = CONFIGS[0],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(gradient of qkv, gradients of q_weight and k_weight as [2, d])."""
+    B, L, H, d = dq.shape
+    dqkv = torch.empty_like(qkv)
+    programs = B * triton.cdiv(L * H, config.chunk_bwd)
+    partial = qkv.new_empty((programs, 2, d), dtype=torch.float32)
+    qk_norm_rope_bwd_kernel[(programs,)](
+        dq, dk, dv, qkv, q_weight, k_weight, cos, sin, dqkv, partial, L, eps,
+        H, d, config.block_bwd, triton.next_power_of_2(d), config.chunk_bwd, num_warps=config.num_warps,
+    )  # fmt: skip
+    return dqkv, library.sum_partials(partial, q_weight.dtype)
+
+
+@library.operator("qk_norm_rope", _fake_forward)
+def _qk_norm_rope(
+    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    return launch_forward(qkv, q_weight, k_weight, cos, sin, heads, eps)
+
+
+@library.operator("qk_norm_rope_backward", _fake_backward)
+def _qk_norm_rope_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return launch_backward(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, eps)
+
+
+class _QKNormRope(torch.autograd.Function):
+    """The operator with v beside q and k. A registered operator may not return a view of its input; this function
+    may, so that v costs nothing forward and its gradient goes straight into the packed one backward."""
+
+    @staticmethod
+    def forward(
+        qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q, k = torch.ops.pixelgen.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, heads, eps)
+        return q, k, rearrange(qkv, "B L (three H d) -> three B L H d", three=3, H=heads)[2]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, _, ctx.eps = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        dqkv, dweights = torch.ops.pixelgen.qk_norm_rope_backward(
+            *(grad.contiguous() for grad in grads), *ctx.saved_tensors, ctx.eps
+        )
+        return dqkv, dweights[0], dweights[1], None, None, None, None
+
+
+def aot(shape: ModelShape, config: Config = CONFIGS[0]) -> list[Launch]:
+    """The launches of one attention's qk_norm_rope, as plain data for the report."""
+    H, d, rows = shape.heads, shape.head_dim, shape.tokens * shape.heads
+    stream = shape.rows * H * d * 2
+    chunks = shape.batch * triton.cdiv(rows, config.chunk_bwd)
+    sizes = {"H": H, "d": d, "BLOCK_d": triton.next_power_of_2(d)}
+
+    def launch(name: str, kernel: Any, tensors: str, floats: str, **fields: Any) -> Launch:
+        signature = {f"{t}_ptr": "*bf16" for t in tensors.split()} | {f"{t}_ptr": "*fp32" for t in floats.split()}
+        signature |= {"L": "i32", "eps": "fp32"}
+        return Launch(
+            name=f"qk_norm_rope_{name}", kernel=kernel, signature=signature, num_warps=config.num_warps, num_stages=1,
+            flops=0, rows=shape.rows, divisible=("L",), **fields,
+        )  # fmt: skip
+
+    return [
+        launch(
+            "fwd", qk_norm_rope_fwd_kernel, "qkv q_weight k_weight q k", "cos sin",
+            constexprs=sizes | {"BLOCK_R": config.block_fwd},
+            grid=shape.batch * triton.cdiv(rows, config.block_fwd), bytes_moved=4 * stream,
+        ),
+        launch(
+            "bwd", qk_norm_rope_bwd_kernel, "dq dk dv qkv q_weight k_weight dqkv", "cos sin partial",
+            constexprs=sizes | {"BLOCK_R": config.block_bwd, "CHUNK": config.chunk_bwd}, grid=chunks,
+            bytes_moved=8 * stream + chunks * 2 * d * 4, loops=(config.chunk_bwd // config.block_bwd,),
+        ),
+        library.sum_partials_launch("qk_norm_rope_bwd_reduce", chunks, 2 * d, shape.rows),
+    ]  # fmt: skip
+
+
 def qk_norm_rope(
     qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return q, k, v, each [B, L, H, d] in qkv's dtype; v is a view of qkv.
+    """Return q, k, v, each [B, L, H, d] in qkv's dtype; v is a view of qkv, to be read only.
 
-    Raises ValueError when the packed width is not 3 * heads * d with an even d, or the tables do not cover L.
+    qkv: contiguous [B, L, 3 H d]; weights [d], d even; cos, sin [L, d / 2], constants. float32, bfloat16 or float16;
+    the two weights share a dtype, as do the two tables. Raises ValueError naming what does not fit.
     """
-    L, width = qkv.shape[1:]
-    if width % (3 * heads) or q_weight.shape != (width // (3 * heads),) or q_weight.shape[0] % 2:
+    if qkv.ndim != 3 or heads < 1 or qkv.shape[-1] % (6 * heads):
+        raise ValueError(f"qk_norm_rope: qkv must be [B, L, 3 * {heads} heads * an even d], got {list(qkv.shape)}")
+    _, L, width = qkv.shape
+    d = width // (3 * heads)
+    library.check(
+        "qk_norm_rope", qkv, qkv=(qkv, qkv.shape), q_weight=(q_weight, (d,)), k_weight=(k_weight, (d,)),
+        cos=(cos, (L, d // 2)), sin=(sin, (L, d // 2)),
+    )  # fmt: skip
+    if q_weight.dtype != k_weight.dtype or cos.dtype != sin.dtype:
         raise ValueError(
-            f"qk_norm_rope: packed width {width} with {heads} heads needs norm weights of size {width / (3 * heads)} "
-            f"(even), got {list(q_weight.shape)}"
+            "qk_norm_rope: q_weight and k_weight must share a dtype, and so must cos and sin, "
+            f"got {q_weight.dtype}, {k_weight.dtype}, {cos.dtype}, {sin.dtype}"
         )
-    if cos.shape != (L, q_weight.shape[0] // 2) or sin.shape != cos.shape:
-        raise ValueError(f"qk_norm_rope: {L} tokens need tables [{L}, {q_weight.shape[0] // 2}], got {list(cos.shape)}")
+    if library.body(qkv) == "triton":
+        return _QKNormRope.apply(qkv, q_weight, k_weight, cos, sin, heads, eps)
     return qk_norm_rope_reference(qkv, q_weight, k_weight, cos, sin, heads, eps)

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from pixelgen_kernels.attention import attention_backend
+from pixelgen_kernels.library import describe_bodies
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast.data import Batch
@@ -265,13 +267,16 @@ class Trainer:
         (self.folder / "config.yaml").write_text(cfg.to_yaml(self.config))
         (self.folder / "classes.json").write_text(json.dumps(self.classes) + "\n")
         self.peak, what = device_peak(self.device)
-        t = self.config.train
+        t, m = self.config.train, self.config.model
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         print(
             f"{self.folder}: {len(index):,} images in {len(self.classes)} classes; "
             f"{sum(torch.Size(s).numel() for s in self.engine.shapes.values()):,} parameters; "
             f"{self.world} x {self.device.type}, {precision}, ZeRO stage {t.zero_stage}; "
             f"{t.global_batch} images a step = {self.world} ranks x {self.accumulation} x {t.micro_batch}\n"
-            f"peak: {self.peak / 1e9:,.0f} GFLOP/s ({what})"
+            f"peak: {self.peak / 1e9:,.0f} GFLOP/s ({what})\n"
+            f"{describe_bodies(self.device.type)}\n"
+            f"{attention_backend(self.device, dtype, m.hidden_size // m.num_heads)}"
         )
 
     def _draw(self, path: Path) -> None:

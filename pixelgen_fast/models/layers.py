@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from pixelgen_kernels import attention, patch_projection, qk_norm_rope, swiglu
+from pixelgen_kernels import attention, noised_patch_projection, patch_projection, qk_norm_rope, swiglu_linear
 from torch import Tensor, nn
 
 
@@ -35,15 +36,42 @@ class Float32Tables(nn.Module):
         return self
 
 
+class Noising(NamedTuple):
+    """How to noise images inside the patch projection: z = t x + (1 - t) noise_scale e, e from (seed, image number).
+
+    numbers: int64 [B], image numbers. t: float32 [B]. seed: of the run.
+    """
+
+    numbers: Tensor
+    t: Tensor
+    seed: int
+    noise_scale: float
+
+
 class PatchEmbed(nn.Linear):
-    """Linear embedding of p x p patches. z [B, 3, S, S] -> (tokens [B, L, D], pixels [B, L, P, 3])."""
+    """Linear embedding of p x p patches.
+
+    forward(z [B, 3, S, S]) -> tokens [B, L, D], pixels of z [B, L, P, 3]
+    forward(images uint8 [B, S, S, 3], noising) -> tokens, pixels of z, velocity x - noise_scale e [B, L, P, 3]
+    """
 
     def __init__(self, patch_size: int, dim: int) -> None:
         super().__init__(3 * patch_size**2, dim)
         self.patch_size = patch_size
 
-    def forward(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        return patch_projection(z, self.weight, self.bias, self.patch_size)
+    def forward(self, images: Tensor, noising: Noising | None = None) -> tuple[Tensor, ...]:
+        if noising is None:
+            return patch_projection(images, self.weight, self.bias, self.patch_size)
+        return noised_patch_projection(
+            images,
+            noising.numbers,
+            noising.t,
+            self.weight,
+            self.bias,
+            patch=self.patch_size,
+            seed=noising.seed,
+            noise_scale=noising.noise_scale,
+        )
 
 
 class Attention(nn.Module):
@@ -70,13 +98,13 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """W2 (silu(W1 x) * W3 x) with W1 and W3 packed in one projection. [B, L, D] -> [B, L, D]."""
 
-    def __init__(self, dim: int, hidden: int, bias: bool = False) -> None:
+    def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.w13 = nn.Linear(dim, 2 * hidden, bias=bias)
-        self.w2 = nn.Linear(hidden, dim, bias=bias)
+        self.w13 = nn.Linear(dim, 2 * hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return self.w2(swiglu(self.w13(x_BLD)))
+        return swiglu_linear(self.w13(x_BLD), self.w2.weight)
 
 
 class TimestepEmbedder(nn.Module):

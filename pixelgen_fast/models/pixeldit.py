@@ -11,12 +11,13 @@ Shapes: B batch, L patches, P pixels per patch, N = B L, D width, C pixel channe
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch.nn.functional as F
 from einops import rearrange
 from pixelgen_kernels import (
     PixelAttentionWeights,
+    flow_loss,
     norm_modulate,
     pixel_attention,
     pixel_mlp,
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from pixelgen_fast.models.layers import (
     Attention,
     Float32Tables,
+    Noising,
     PatchEmbed,
     RMSNorm,
     SwiGLU,
@@ -51,6 +53,10 @@ class Config:
     # four modulations, on the outputs of the branches, instead of six with gates: stable, no identity at the start
     post_modulation: bool = False
     gelu_tanh: bool = False
+    # what the pixel head's attention keeps for backward: its activations, or nothing but its inputs
+    pixel_attention_save: Literal["store", "recompute"] = "store"
+    # keep the pixel stream in float32 when the weights are bf16, as the published code does
+    pixel_stream_float32: bool = False
 
 
 class TokenStream(NamedTuple):
@@ -95,6 +101,7 @@ class PixelBlock(nn.Module):
         super().__init__()
         D, C, P = config.hidden_size, config.pixel_hidden_size, config.patch_size**2
         self.post, self.gelu, self.num_heads = config.post_modulation, config.gelu_tanh, config.num_heads
+        self.save = config.pixel_attention_save
         self.norm1 = RMSNorm(C)
         self.modulation_attn = None if self.post else nn.Linear(D, P * 2 * C)
         self.compress = nn.Linear(P * C, D)
@@ -122,7 +129,8 @@ class PixelBlock(nn.Module):
     def forward(self, x_NPC: Tensor, s_ND: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         N, P, C = x_NPC.shape
         modulation = None if self.post else self.modulation_attn(s_ND).view(N, P, 2 * C)
-        e_NPC = pixel_attention(x_NPC, modulation, self.attention_weights(), cos, sin, self.num_heads)
+        weights = self.attention_weights()
+        e_NPC = pixel_attention(x_NPC, modulation, weights, cos, sin, self.num_heads, save=self.save)
         return pixel_mlp(
             x_NPC,
             e_NPC,
@@ -138,15 +146,21 @@ class PixelBlock(nn.Module):
 
 
 class Head(nn.Module):
-    """RMSNorm over the channels of a pixel, then Linear to its 3 channels. [N, P, C] -> [N, P, 3]."""
+    """RMSNorm over the channels of a pixel, then Linear to its 3 channels.
+
+    forward(x [N, P, C]) -> [N, P, 3]
+    forward(x, target [N, P, 3], weight [B]) -> weighted mean squared error of each image, float32 [B]
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = RMSNorm(channels)
         self.linear = nn.Linear(channels, 3)
 
-    def forward(self, x_NPC: Tensor) -> Tensor:
-        return self.linear(pixel_modulate(x_NPC, self.norm.weight))
+    def forward(self, x_NPC: Tensor, target_NP3: Tensor | None = None, weight_B: Tensor | None = None) -> Tensor:
+        if target_NP3 is None:
+            return self.linear(pixel_modulate(x_NPC, self.norm.weight).to(self.linear.weight.dtype))
+        return flow_loss(x_NPC, self.norm.weight, self.linear.weight, self.linear.bias, target_NP3, weight_B)
 
 
 class PixelDiT(Float32Tables):
@@ -163,6 +177,7 @@ class PixelDiT(Float32Tables):
             )
         self.patch_size, self.grid = p, image_size // p
         self.image_size, self.num_classes = image_size, num_classes
+        self.pixel_stream_float32 = config.pixel_stream_float32
         self.patch_embed = PatchEmbed(p, D)
         self.pixel_embed = nn.Linear(3, C)
         self.t_embed = TimestepEmbedder(D, max_period=10.0)
@@ -196,14 +211,24 @@ class PixelDiT(Float32Tables):
             nn.init.zeros_(linear.bias)
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        if z.shape[1:] != (3, self.image_size, self.image_size):
-            raise ValueError(
-                f"PixelDiT was built for images [B, 3, {self.image_size}, {self.image_size}], got {list(z.shape)}"
-            )
+        self._check(z.shape[1:], (3, self.image_size, self.image_size))
         t_BD = self.t_embed(t)
         tokens, pixels = self.patch_embed(z)
         s_BLD = self.patch_stage(tokens, F.silu(t_BD + self.y_embed(y)))
-        return self.unpatchify(self.pixel_stage(pixels, F.silu(t_BD[:, None] + s_BLD)))
+        return self.unpatchify(self.head(self.pixel_stage(pixels, F.silu(t_BD[:, None] + s_BLD))))
+
+    def velocity_loss(self, images: Tensor, y: Tensor, noising: Noising, weight_B: Tensor) -> Tensor:
+        """Weighted squared error of the predicted velocity, float32 [B], with noising and loss inside the operators.
+
+        images: uint8 [B, S, S, 3]. y: int64 [B]. weight: float32 [B]. The same as `forward` on the noised images and
+        `diffusion.loss.flow_loss`, without the noised images and the prediction in memory.
+        """
+        self._check(images.shape[1:], (self.image_size, self.image_size, 3))
+        t_BD = self.t_embed(noising.t)
+        tokens, pixels, velocity = self.patch_embed(images, noising)
+        s_BLD = self.patch_stage(tokens, F.silu(t_BD + self.y_embed(y)))
+        x_NPC = self.pixel_stage(pixels, F.silu(t_BD[:, None] + s_BLD))
+        return self.head(x_NPC, velocity.flatten(0, 1), weight_B)
 
     def blocks(self) -> list[nn.Module]:
         """The modules that checkpointing, compilation and ZeRO-3 take one by one; all others are called as modules."""
@@ -217,13 +242,18 @@ class PixelDiT(Float32Tables):
         return stream.settle()
 
     def pixel_stage(self, pixels_BLPC: Tensor, s_BLD: Tensor) -> Tensor:
-        """Noised pixels [B, L, P, 3] and their patch condition through the pixel blocks: prediction [B L, P, 3]."""
+        """Noised pixels [B, L, P, 3] and their patch condition through the pixel blocks: stream [B L, P, C]."""
         pixels_BLPC = self.pixel_embed(pixels_BLPC)
-        x_NPC = rearrange(pixels_BLPC + self.pixel_position.to(pixels_BLPC.dtype), "B L P C -> (B L) P C")
+        position = self.pixel_position if self.pixel_stream_float32 else self.pixel_position.to(pixels_BLPC.dtype)
+        x_NPC = rearrange(pixels_BLPC + position, "B L P C -> (B L) P C")
         s_ND = rearrange(s_BLD, "B L D -> (B L) D")
         for block in self.pixel_blocks:
             x_NPC = block(x_NPC, s_ND, self.rope_cos, self.rope_sin)
-        return self.head(x_NPC)
+        return x_NPC
+
+    def _check(self, found: tuple[int, ...], wanted: tuple[int, ...]) -> None:
+        if tuple(found) != wanted:
+            raise ValueError(f"PixelDiT was built for images [B, *{list(wanted)}], got [B, *{list(found)}]")
 
     def unpatchify(self, pixels_NPC: Tensor) -> Tensor:
         n, p = self.grid, self.patch_size

@@ -121,9 +121,10 @@ def test_tables_keep_float32_when_the_model_is_cast() -> None:
 
 
 @pytest.mark.parametrize("post", [False, True])
-def test_bfloat16_stays_near_float32(post: bool) -> None:
-    """Two bf16 digits (2^-8) through a dozen roundings; the streams and the output are bf16."""
-    model = tiny(post_modulation=post)
+@pytest.mark.parametrize("float32_stream", [False, True])
+def test_bfloat16_stays_near_float32(post: bool, float32_stream: bool) -> None:
+    """Two bf16 digits (2^-8) through a dozen roundings; the output is bf16."""
+    model = tiny(post_modulation=post, pixel_stream_float32=float32_stream)
     z, t, y = torch.randn(2, 3, 16, 16).bfloat16().float(), torch.rand(2), torch.tensor([0, 3])
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16().float()
@@ -162,7 +163,7 @@ def test_sizes_that_cannot_work_are_refused() -> None:
         tiny(num_heads=5)
     with pytest.raises(ValueError, match="pixel_depth 0"):
         tiny(pixel_depth=0)
-    with pytest.raises(ValueError, match=r"\[B, 3, 16, 16\]"):
+    with pytest.raises(ValueError, match=r"\[B, \*\[3, 16, 16\]\], got \[B, \*\[3, 32, 32\]\]"):
         tiny()(torch.zeros(1, 3, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
 
 

@@ -1,0 +1,173 @@
+"""QK-norm and rotary embedding: the kernels against the reference, complex numbers in float64, every gradient."""
+
+import pytest
+import torch
+from pixelgen_kernels import library
+from pixelgen_kernels import qk_norm_rope as public
+from pixelgen_kernels.qk_norm_rope import (
+    CONFIGS,
+    launch_backward,
+    launch_forward,
+    qk_norm_rope_bwd_kernel,
+    qk_norm_rope_fwd_kernel,
+    qk_norm_rope_reference,
+)
+
+# (B, L, H, d): one token; odd heads and head sizes; rows past a chunk of backward; XL's heads; no image; no token.
+SHAPES = [(1, 1, 1, 8), (2, 3, 3, 24), (1, 7, 5, 2), (1, 87, 3, 8), (1, 3, 16, 72), (2, 2, 12, 64)]
+SHAPES += [(0, 4, 2, 8), (2, 0, 2, 8)]
+
+
+def inputs(B, L, H, d, device, dtype=torch.float32):
+    torch.manual_seed(0)
+    angles = 6 * torch.rand(L, d // 2, device=device)
+    tensors = {
+        "qkv": torch.randn(B, L, 3 * H * d, device=device).to(dtype),
+        "q_weight": torch.randn(d, device=device).to(dtype),
+        "k_weight": torch.randn(d, device=device).to(dtype),
+    }
+    tables = {"cos": angles.cos(), "sin": angles.sin(), "heads": H}
+    return tensors, tables, [torch.randn(B, L, H, d, device=device).to(dtype) for _ in range(3)]
+
+
+def by_complex_numbers(qkv, q_weight, k_weight, cos, sin, heads):
+    """The same in complex float64, where the rotation is one product."""
+    q, k, v = qkv.double().unflatten(-1, (3, heads, len(q_weight))).unbind(2)
+    angle = torch.complex(cos.double(), sin.double())[:, None]
+
+    def rotate(x, weight):
+        x = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight.double()
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * angle).flatten(-2)
+
+    return rotate(q, q_weight), rotate(k, k_weight), v
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_outputs_and_gradients(shape, device, gradients, assert_close):
+    tensors, tables, cotangents = inputs(*shape, device)
+    outputs, grads = gradients(public, tensors, cotangents, **tables)
+    for rel, function, options in (
+        (1e-5, qk_norm_rope_reference, {"eps": 1e-6}),
+        (2e-6, by_complex_numbers, {"dtype": torch.float64}),
+    ):
+        refs, ref_grads = gradients(function, tensors, cotangents, **tables, **options)
+        for name, out, ref in zip(("q", "k", "v"), outputs, refs, strict=True):
+            assert_close(name, out, ref, rel)
+        for name, ref in ref_grads.items():
+            assert_close(f"d{name}", grads[name], ref, rel)
+
+
+def test_v_is_a_view_and_unused_outputs_have_no_gradient(device, gradients):
+    tensors, tables, (_, dk, _) = inputs(2, 3, 3, 24, device)
+    v = public(**tensors, **tables)[2]
+    assert v.data_ptr() == tensors["qkv"].data_ptr() + 2 * 3 * 24 * v.element_size()
+    _, grads = gradients(public, tensors, [None, dk, None], **tables)
+    q, k, v = grads["qkv"].unflatten(-1, (3, 3, 24)).unbind(2)
+    assert not q.any() and not v.any() and not grads["q_weight"].any()
+    assert k.any() and grads["k_weight"].any()
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+def test_every_configuration(config, device, assert_close):
+    tensors, tables, grads = inputs(1, 67, 2, 6, device)
+    (qkv, *weights), (cos, sin, heads) = tensors.values(), tables.values()
+    default, tried = (launch_forward(qkv, *weights, cos, sin, heads, 1e-6, c) for c in (CONFIGS[0], config))
+    for name, out, ref in zip("qk", tried, default, strict=True):
+        assert_close(name, out, ref, 1e-6)
+    default, tried = (launch_backward(*grads, qkv, *weights, cos, sin, 1e-6, c) for c in (CONFIGS[0], config))
+    for name, out, ref in zip(("dqkv", "dweights"), tried, default, strict=True):
+        assert_close(name, out, ref, 1e-6)
+
+
+def test_backward_repeats_its_bits(device, gradients):
+    tensors, tables, cotangents = inputs(1, 87, 3, 8, device)
+    once, twice = (gradients(public, tensors, cotangents, **tables)[1] for _ in range(2))
+    for name, grad in once.items():
+        assert torch.equal(grad, twice[name]), name
+
+
+def test_registration(device):
+    tensors, tables, grads = inputs(2, 3, 3, 8, device)
+    cos, sin, heads = tables.values()
+    torch.library.opcheck(torch.ops.pixelgen.qk_norm_rope, (*tensors.values(), cos, sin, heads, 1e-6))
+    torch.library.opcheck(torch.ops.pixelgen.qk_norm_rope_backward, (*grads, *tensors.values(), cos, sin, 1e-6))
+
+
+def test_compiles_to_one_graph(device, gradients):
+    tensors, tables, cotangents = inputs(2, 3, 3, 8, device)
+
+    def layer(qkv, **rest):
+        # a product before, so that the packed projection is no leaf, and a sum after, as attention would read v
+        q, k, v = public(1.5 * qkv, **rest)
+        return q, k, v + q
+
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    (outputs, grads), (traced, traced_grads) = (
+        gradients(function, tensors, cotangents, **tables) for function in (layer, compiled)
+    )
+    for out, other in zip([*outputs, *grads.values()], [*traced, *traced_grads.values()], strict=True):
+        assert torch.equal(out, other)
+
+
+def test_offsets_past_two_to_the_31(addresses):
+    """The last 32 rows of image 2^21: its packed projection begins at element 2^21 * 256 * 3456."""
+    image, L, H, d, rows = 2**21, 256, 16, 72, 32
+    half, full = torch.bfloat16, torch.float32
+    program = image * (L * H // rows) + L * H // rows - 1
+    sizes = {"L": L, "eps": 1e-6, "H": H, "d": d, "BLOCK_R": rows, "BLOCK_d": 128}
+    token = image * L + L - 2
+    outputs = list(range(token * H * d, (token + 2) * H * d))
+    packed = [t * 3 * H * d + part for t in (token, token + 1) for part in range(2 * H * d)]
+    pointers = {"q_weight_ptr": half, "k_weight_ptr": half, "cos_ptr": full, "sin_ptr": full, "qkv_ptr": half}
+    touched = addresses(qk_norm_rope_fwd_kernel, (program, 0, 0), **pointers, q_ptr=half, k_ptr=half, **sizes)
+    assert touched["q_ptr"].tolist() == touched["k_ptr"].tolist() == outputs
+    assert touched["qkv_ptr"].tolist() == packed
+    assert touched["cos_ptr"].tolist() == list(range((L - 2) * d // 2, L * d // 2))
+
+    touched = addresses(
+        qk_norm_rope_bwd_kernel, (program, 0, 0), **pointers, dq_ptr=half, dk_ptr=half, dv_ptr=half,
+        dqkv_ptr=half, partial_ptr=full, CHUNK=rows, **sizes,
+    )  # fmt: skip
+    for name in ("dq_ptr", "dk_ptr", "dv_ptr"):
+        assert touched[name].tolist() == outputs, name
+    assert touched["qkv_ptr"].tolist() == packed
+    assert touched["dqkv_ptr"].tolist() == list(range(token * 3 * H * d, (token + 2) * 3 * H * d))
+    assert touched["partial_ptr"].tolist() == list(range(program * 2 * d, (program + 1) * 2 * d))
+
+
+def arguments(**changed):
+    given = {"qkv": (2, 3, 48), "q_weight": (8,), "k_weight": (8,), "cos": (3, 4), "sin": (3, 4)}
+    return {name: torch.zeros(shape) for name, shape in given.items()} | {"heads": 2} | changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"heads": 5}, r"qkv must be \[B, L, 3 \* 5 heads \* an even d\], got \[2, 3, 48\]"),
+        ({"heads": 16}, r"an even d"),
+        ({"qkv": torch.zeros(3, 48)}, r"qkv must be \[B, L, .* got \[3, 48\]"),
+        ({"qkv": torch.zeros(2, 48, 3).mT}, "qkv must be contiguous"),
+        ({"k_weight": torch.zeros(4)}, r"k_weight must be \[8\], got \[4\]"),
+        ({"cos": torch.zeros(4, 4)}, r"cos must be \[3, 4\], got \[4, 4\]"),
+        ({"sin": torch.zeros(3, 4, dtype=torch.complex64)}, "sin must be float32, bfloat16 or float16, got .*complex"),
+        ({"q_weight": torch.zeros(8, dtype=torch.bfloat16)}, "q_weight and k_weight must share a dtype"),
+    ],
+)
+def test_bad_input_is_named(changed, message, monkeypatch):
+    # nothing runs, so that a machine with a GPU may check CPU tensors too
+    monkeypatch.setattr(library, "INTERPRETED", True)
+    with pytest.raises(ValueError, match="qk_norm_rope: .*" + message):
+        public(**arguments(**changed))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("H", "d"), [(12, 64), (16, 72)])
+def test_bfloat16(H, d, gradients, assert_close):
+    tensors, tables, cotangents = inputs(4, 257, H, d, "cuda", torch.bfloat16)
+    outputs, grads = gradients(public, tensors, cotangents, **tables)
+    refs, ref_grads = gradients(by_complex_numbers, tensors, cotangents, dtype=torch.float64, **tables)
+    # one rounding to bfloat16 each
+    for name, out, ref in zip(("q", "k", "v"), outputs, refs, strict=True):
+        assert_close(name, out, ref, 2e-3)
+    for name, ref in ref_grads.items():
+        assert_close(f"d{name}", grads[name], ref, 2e-3)
