@@ -23,14 +23,12 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from pixelgen_kernels import pixel_attention
 from pixelgen_kernels.device import H100
 from pixelgen_kernels.launch import MODELS, ModelShape
 from pixelgen_kernels.registry import OPERATORS
@@ -193,8 +191,8 @@ def saved_bytes(parameters: set[int]) -> Iterator[dict[int, tuple[Tensor, int]]]
         yield kept
 
 
-def build(shape: ModelShape) -> pixeldit.PixelDiT:
-    """PixelDiT of a shape on the meta device: bf16 weights and streams, float32 tables."""
+def build(shape: ModelShape, body: str) -> pixeldit.PixelDiT:
+    """PixelDiT of a shape on the meta device for one of BODIES: bf16 weights and streams, float32 tables."""
     config = pixeldit.Config(
         hidden_size=shape.width,
         num_heads=shape.heads,
@@ -202,13 +200,15 @@ def build(shape: ModelShape) -> pixeldit.PixelDiT:
         pixel_depth=shape.pixel_depth,
         patch_size=shape.patch,
         pixel_hidden_size=shape.channels,
+        pixel_attention_save="recompute" if body == "recompute" else "store",
     )
     with torch.device("meta"):
         return pixeldit.build(config, shape.image, 1000).bfloat16()
 
 
-def trace(model: pixeldit.PixelDiT, shape: ModelShape, body: str, baseline: Path = BASELINE) -> Trace:
+def trace(shape: ModelShape, body: str, baseline: Path = BASELINE) -> Trace:
     """Trace forward, loss and backward of a model on the meta device with one of BODIES."""
+    model = build(shape, body)
     with torch.device("meta"):
         images = torch.empty(shape.batch, shape.image, shape.image, 3, dtype=torch.uint8)
         y, numbers = (torch.empty(shape.batch, dtype=torch.int64) for _ in range(2))
@@ -217,12 +217,7 @@ def trace(model: pixeldit.PixelDiT, shape: ModelShape, body: str, baseline: Path
     result, kernels = Trace(body, shape.batch), kernel_table(shape, baseline)
     parameters = {p.untyped_storage()._cdata for p in model.parameters()}
     forced = {"PIXELGEN_OPS": "triton" if body in ("triton", "recompute") else "reference"}
-    save = partial(pixel_attention, save="recompute" if body == "recompute" else "store")
-    with (
-        patch.dict(os.environ, forced),
-        patch.object(pixeldit, "pixel_attention", save),
-        GpuKernels(fused_norms=body == "fused_norms"),
-    ):
+    with patch.dict(os.environ, forced), GpuKernels(fused_norms=body == "fused_norms"):
         with saved_bytes(parameters) as kept, Recorder(result.forward, kernels):
             loss = model.velocity_loss(images, y, noising, weight).mean()
         for x, size in kept.values():
@@ -232,7 +227,6 @@ def trace(model: pixeldit.PixelDiT, shape: ModelShape, body: str, baseline: Path
         result.saved = sum(size for _, size in kept.values())
         with Recorder(result.backward, kernels):
             loss.backward()
-    model.zero_grad()
     return result
 
 
@@ -282,8 +276,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
     shape = ModelShape(**{**asdict(MODELS[args.model]), "batch": args.batch})
-    model = build(shape)
-    traces = [trace(model, shape, body) for body in args.bodies.split(",")]
+    traces = [trace(shape, body) for body in args.bodies.split(",")]
     print(f"PixelDiT-{args.model}, {shape.image} px, {shape.batch} images, bf16; modelled for {H100.name}\n")
     print(summary(traces))
     for t in traces:

@@ -21,11 +21,13 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 2 refused, 75 stopped by a signal with everything saved."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    # argparse takes overrides only up to the first option: `train CONFIG --dry-run key=value` leaves them over.
-    if rest and (args.command is not _train or any(text.startswith("-") for text in rest)):
-        parser.error(f"unknown arguments: {' '.join(rest)}")
-    if rest:
+    if args.command is _train and not any(text.startswith("-") for text in rest):
+        # argparse takes overrides only up to the first option: `train CONFIG --dry-run key=value` leaves them over.
         args.overrides += rest
+    elif args.command is _kernels_report:
+        args.arguments = rest
+    elif rest:
+        parser.error(f"unknown arguments: {' '.join(rest)}")
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(levelname)s %(message)s")
     try:
@@ -188,8 +190,12 @@ def _kernels_warmup(args: argparse.Namespace) -> int:
 
     from pixelgen_fast.engine import generator
 
+    import torch
+
     c = cfg.load(args.config, args.overrides, generator.model_schema)
     m = c.model
+    with torch.device("meta"):
+        model = generator.build_model(c, c.data.num_classes or 1)
     shape = ModelShape(
         name=Path(args.config).stem,
         width=m.hidden_size,
@@ -197,7 +203,7 @@ def _kernels_warmup(args: argparse.Namespace) -> int:
         ffn=int(2 * 4 * m.hidden_size / 3),
         depth=m.patch_depth,
         pixel_depth=m.pixel_depth,
-        parameters=0,
+        parameters=sum(p.numel() for p in model.parameters()),
         batch=c.train.micro_batch,
         tokens=(c.data.image_size // m.patch_size) ** 2,
         pixels=m.patch_size**2,
@@ -302,9 +308,8 @@ def _parser() -> argparse.ArgumentParser:
 
     kernels = commands.add_parser("kernels", help="Judge or prepare the kernels.")
     kernels = kernels.add_subparsers(required=True, metavar="COMMAND")
-    text = "Compile every kernel for an H100, with or without one, and say what it costs."
-    report = command("report", _kernels_report, text, kernels)
-    report.add_argument("arguments", nargs=argparse.REMAINDER, help="see python -m pixelgen_kernels.report --help")
+    text = "Compile every kernel for an H100 that is not there, say what it costs, and --gate it."
+    command("report", _kernels_report, f"{text} Options: python -m pixelgen_kernels.report --help", kernels)
     warm = command(
         "warmup", _kernels_warmup, "Compile ahead, on this GPU, all kernels that a configuration needs.", kernels
     )

@@ -4,7 +4,8 @@
     da = dy * b * s * (1 + a (1 - s)),   db = dy * a * s
 
 "GLU Variants Improve Transformer" (arXiv 2002.05202) eq. 6. Arithmetic is float32; backward keeps `packed` alone and
-writes the packed gradient in one pass. Shapes: packed [..., 2 F]; y [..., F]; N rows in all.
+writes the packed gradient, and y again for who needs it, in one pass.
+Shapes: packed [..., 2 F]; y [..., F]; N rows in all.
 """
 
 from __future__ import annotations
@@ -64,13 +65,14 @@ def swiglu_fwd_kernel(packed_ptr, y_ptr, N, F: tl.constexpr, BLOCK_N: tl.constex
 
 @triton.jit
 def swiglu_bwd_kernel(
-    dy_ptr, packed_ptr, dpacked_ptr, N, F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr
+    dy_ptr, packed_ptr, dpacked_ptr, y_ptr, N, F: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr
 ):
     blocks: tl.constexpr = (F + BLOCK_F - 1) // BLOCK_F
     row = (tl.program_id(0) // blocks) * BLOCK_N
     packed_ptr += row.to(tl.int64) * (2 * F)
     dpacked_ptr += row.to(tl.int64) * (2 * F)
     dy_ptr += row.to(tl.int64) * F
+    y_ptr += row.to(tl.int64) * F
     o_n = tl.arange(0, BLOCK_N)[:, None]
     o_f = (tl.program_id(0) % blocks) * BLOCK_F + tl.arange(0, BLOCK_F)[None, :]
     mask = (o_n < N - row) & (o_f < F)
@@ -83,14 +85,15 @@ def swiglu_bwd_kernel(
     db = dy * a * s
     tl.store(dpacked_ptr + o_n * (2 * F) + o_f, da.to(dpacked_ptr.dtype.element_ty), mask=mask)
     tl.store(dpacked_ptr + o_n * (2 * F) + F + o_f, db.to(dpacked_ptr.dtype.element_ty), mask=mask)
+    tl.store(y_ptr + o_n * F + o_f, (a * s * b).to(y_ptr.dtype.element_ty), mask=mask)
 
 
 def _fake_forward(packed: Tensor) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], packed.shape[-1] // 2))
 
 
-def _fake_backward(dy: Tensor, packed: Tensor) -> Tensor:
-    return torch.empty_like(packed)
+def _fake_backward(dy: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(packed), torch.empty_like(dy)
 
 
 def launch_forward(packed: Tensor, config: Config = CONFIGS[0]) -> Tensor:
@@ -101,12 +104,13 @@ def launch_forward(packed: Tensor, config: Config = CONFIGS[0]) -> Tensor:
     return y
 
 
-def launch_backward(dy: Tensor, packed: Tensor, config: Config = CONFIGS[0]) -> Tensor:
-    dpacked = _fake_backward(dy, packed)
+def launch_backward(dy: Tensor, packed: Tensor, config: Config = CONFIGS[0]) -> tuple[Tensor, Tensor]:
+    """(dpacked, y): the output comes again at the price of its writing, for the layer that did not keep it."""
+    dpacked, y = _fake_backward(dy, packed)
     N, F = math.prod(dy.shape[:-1]), dy.shape[-1]
     grid = (triton.cdiv(N, config.block_n) * triton.cdiv(F, config.block_f),)
-    swiglu_bwd_kernel[grid](dy, packed, dpacked, N, F, config.block_n, config.block_f, num_warps=config.num_warps)
-    return dpacked
+    swiglu_bwd_kernel[grid](dy, packed, dpacked, y, N, F, config.block_n, config.block_f, num_warps=config.num_warps)
+    return dpacked, y
 
 
 @library.operator("swiglu", _fake_forward)
@@ -115,7 +119,7 @@ def _swiglu(packed: Tensor) -> Tensor:
 
 
 @library.operator("swiglu_backward", _fake_backward)
-def _swiglu_backward(dy: Tensor, packed: Tensor) -> Tensor:
+def _swiglu_backward(dy: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
     return launch_backward(dy, packed)
 
 
@@ -124,7 +128,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> Tensor:
-    return torch.ops.pixelgen.swiglu_backward(dy.contiguous(), *ctx.saved_tensors)
+    return torch.ops.pixelgen.swiglu_backward(dy.contiguous(), *ctx.saved_tensors)[0]
 
 
 _swiglu.register_autograd(_backward, setup_context=_setup_context)
@@ -154,7 +158,7 @@ def aot(shape: ModelShape, config: Config = CONFIGS[0]) -> list[Launch]:
         )
         for direction, kernel, names, tensors in (
             ("fwd", swiglu_fwd_kernel, ("packed_ptr", "y_ptr"), 3),
-            ("bwd", swiglu_bwd_kernel, ("dy_ptr", "packed_ptr", "dpacked_ptr"), 5),
+            ("bwd", swiglu_bwd_kernel, ("dy_ptr", "packed_ptr", "dpacked_ptr", "y_ptr"), 6),
         )
     ]
 

@@ -1,7 +1,7 @@
 """The second half of a SwiGLU feed-forward layer, keeping its packed input only:  out = W (silu(a) * b).
 
-Autograd would keep silu(a) * b for the gradient of W, a third of what this layer saves; here backward computes it
-again from (a | b), one pass over memory against a matrix product on either side.
+Autograd would keep silu(a) * b for the gradient of W, a third of what this layer saves; here the kernel that turns the
+gradient of silu(a) * b into that of (a | b) writes it again on the way.
 Shapes: packed [..., 2 F] as (a | b); W [D, F]; out [..., D].
 """
 
@@ -29,9 +29,8 @@ class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
         packed, weight = ctx.saved_tensors
-        y = torch.ops.pixelgen.swiglu(packed)
-        dweight = dout.flatten(0, -2).t() @ y.flatten(0, -2)
-        return torch.ops.pixelgen.swiglu_backward(dout @ weight, packed), dweight
+        dpacked, y = torch.ops.pixelgen.swiglu_backward(dout @ weight, packed)
+        return dpacked, dout.flatten(0, -2).t() @ y.flatten(0, -2)
 
 
 def swiglu_linear(packed: Tensor, weight: Tensor) -> Tensor:

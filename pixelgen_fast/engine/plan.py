@@ -9,6 +9,9 @@ for W ranks; activations are what autograd saves for one micro-batch, counted on
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -39,15 +42,32 @@ class Plan:
 
 
 def plan(model: nn.Module, config: Config, precision: str) -> Plan:
-    """Count a model that lives on the meta device."""
-    model = model.bfloat16() if precision == "bf16" else model
+    """Count a model that lives on the meta device; a bf16 run is on a GPU and runs the operators of a GPU."""
+    if precision == "bf16":
+        with gpu_operators():
+            activation_bytes = saved_bytes(model.bfloat16(), config.data.image_size)
+    else:
+        activation_bytes = saved_bytes(model, config.data.image_size)
     return Plan(
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         flops=forward_flops(model, config.data.image_size),
-        activation_bytes=saved_bytes(model, config.data.image_size),
+        activation_bytes=activation_bytes,
         weight_bytes=2 if precision == "bf16" else 4,
         averages=len(config.optimizer.ema),
     )
+
+
+@contextmanager
+def gpu_operators() -> Iterator[None]:
+    """Meta tensors take the operator bodies of a GPU inside, unless PIXELGEN_OPS says otherwise already."""
+    if "PIXELGEN_OPS" in os.environ:
+        yield
+        return
+    os.environ["PIXELGEN_OPS"] = "triton"
+    try:
+        yield
+    finally:
+        del os.environ["PIXELGEN_OPS"]
 
 
 def saved_bytes(model: nn.Module, image_size: int, batch: int = 2) -> int:

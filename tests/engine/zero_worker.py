@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pixelgen_fast.engine import checkpoint
@@ -167,6 +168,7 @@ def save_where_one_rank_cannot_write(folder: Path, engine: ZeroEngine) -> str:
         checkpoint.save(folder, engine, nimg=20, state={}, keep=2)
     except checkpoint.CheckpointError as error:
         assert not any(folder.iterdir())
+        dist.barrier()  # a rank that went on at once would put its next checkpoint there before the other looks
         return str(error)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

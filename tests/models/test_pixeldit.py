@@ -44,10 +44,13 @@ def test_published_parameter_counts(size: dict, post: bool, parameters: int) -> 
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
 
 
+@pytest.mark.parametrize("body", ["reference", "triton"])
 @pytest.mark.parametrize(
     ("size", "pixels", "gflops"), [(B, 256, 75.43), (L, 256, 227.77), (XL, 256, 311.19), (XL, 512, 1352.24)]
 )
-def test_published_flops(size: dict, pixels: int, gflops: float) -> None:
+def test_published_flops(size: dict, pixels: int, gflops: float, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted by operator, also where the operators are ours."""
+    monkeypatch.setenv("PIXELGEN_OPS", body)
     with torch.device("meta"):
         model = pixeldit.build(pixeldit.Config(**size), pixels, 1000)
         arguments = torch.empty(1, 3, pixels, pixels), torch.empty(1), torch.zeros(1, dtype=torch.int64)
@@ -145,15 +148,23 @@ def test_checkpointing_changes_no_name_and_no_gradient() -> None:
         assert torch.equal(p.grad, q.grad), name
 
 
-@pytest.mark.parametrize("post", [False, True])
-def test_the_whole_model_is_one_graph(post: bool) -> None:
+@pytest.mark.parametrize(("body", "post"), [("reference", False), ("reference", True), ("triton", False)])
+def test_the_whole_model_is_one_graph(body: str, post: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.compile(fullgraph=True) traces forward and backward without a break; aot_eager compiles no code."""
-    model = tiny(post_modulation=post)
+    monkeypatch.setenv("PIXELGEN_OPS", body)
+    torch._dynamo.reset()
+    model = tiny(post_modulation=post, patch_depth=1, pixel_depth=1)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     z, t, y = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 3])
     expected = torch.autograd.grad(model(z, t, y).square().sum(), model.patch_embed.weight)[0]
     found = torch.autograd.grad(compiled(z, t, y).square().sum(), model.patch_embed.weight)[0]
     assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_compiling_blocks_changes_no_name() -> None:
+    plain, wrapped = tiny(), tiny()
+    wrap_blocks(wrapped.blocks(), checkpoint_blocks=True, compile_blocks=True)
+    assert list(plain.state_dict()) == list(wrapped.state_dict())
 
 
 def test_sizes_that_cannot_work_are_refused() -> None:
