@@ -185,12 +185,11 @@ def _kernels_report(args: argparse.Namespace) -> int:
 
 
 def _kernels_warmup(args: argparse.Namespace) -> int:
+    import torch
     from pixelgen_kernels.launch import ModelShape
     from pixelgen_kernels.warmup import warmup
 
     from pixelgen_fast.engine import generator
-
-    import torch
 
     c = cfg.load(args.config, args.overrides, generator.model_schema)
     m = c.model
