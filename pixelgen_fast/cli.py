@@ -57,9 +57,11 @@ def _dry_run(config: cfg.Config) -> int:
 
     from pixelgen_fast.data.roots import open_root
     from pixelgen_fast.engine import generator, plan
+    from pixelgen_fast.engine.parallel import wrap_blocks
 
     with torch.device("meta"):
         model = generator.build_model(config, config.data.num_classes or len(open_root(config.data.root).classes))
+    wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=False)
     precision = config.train.precision
     if precision == "auto":
         precision = "fp32" if config.run.device == "cpu" else "bf16"

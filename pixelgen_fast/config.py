@@ -95,7 +95,8 @@ class Train:
     zero_stage: Literal[1, 2, 3] = 1
     # auto: bf16 on a GPU, fp32 on a CPU
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    checkpoint_blocks: bool = False
+    # what backward computes again instead of keeping it: nothing, all but matrix products and attention, whole blocks
+    recompute: Literal["none", "operators", "blocks"] = "none"
     compile_blocks: bool = False
     # a run stops after this many steps in a row whose loss or gradient is not finite
     max_bad_steps: int = 10
@@ -271,6 +272,11 @@ def validate(config: Config) -> None:
     if config.run.device == "cpu" and t.precision == "bf16":
         raise ConfigError(
             "train.precision bf16 on run.device cpu: matrix products are 6x slower than fp32 there; use fp32"
+        )
+    if t.recompute == "operators" and t.zero_stage == 3:
+        raise ConfigError(
+            "train.recompute operators gives wrong gradients with train.zero_stage 3, where weights are freed between "
+            "forward and backward; use train.recompute=blocks, or stage 1 or 2"
         )
     if t.compile_blocks and t.zero_stage == 3:
         raise ConfigError(

@@ -62,6 +62,8 @@ def test_refusals_name_the_key_and_the_fix(override: str, message: str) -> None:
 def test_combinations_that_cannot_work_are_refused() -> None:
     with pytest.raises(cfg.ConfigError, match="compile_blocks does not work with train.zero_stage 3"):
         load("train.compile_blocks=true", "train.zero_stage=3")
+    with pytest.raises(cfg.ConfigError, match="wrong gradients with train.zero_stage 3"):
+        load("train.recompute=operators", "train.zero_stage=3")
     with pytest.raises(cfg.ConfigError, match="bf16 on run.device cpu"):
         load("train.precision=bf16", "run.device=cpu")
     config = load("train.global_batch=64", "train.micro_batch=32")

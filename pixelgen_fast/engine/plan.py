@@ -4,18 +4,22 @@
     stage 2   weights + (gradients + master, moments, averages) / W
     stage 3   (weights + gradients + master, moments, averages) / W
 
-for W ranks; activations are what autograd saves for one micro-batch, counted on the meta device.
+for W ranks; activations are what lives from forward to backward for one micro-batch, counted on the meta device.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from pixelgen_fast.config import Config
 from pixelgen_fast.engine.metrics import forward_flops
@@ -70,45 +74,58 @@ def gpu_operators() -> Iterator[None]:
         del os.environ["PIXELGEN_OPS"]
 
 
+class Allocations(TorchDispatchMode):
+    """Remembers every storage that an operation makes, without keeping it. known: tensors that were there before."""
+
+    def __init__(self, known: Iterable[Tensor]) -> None:
+        super().__init__()
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata in self.known:  # a view
+                    continue
+                self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        return out
+
+    def alive(self) -> int:
+        """Bytes of the storages that something still holds."""
+        return sum(size for storage, size in self.storages.values() if not storage.expired())
+
+
 def saved_bytes(model: nn.Module, image_size: int, batch: int = 2) -> int:
-    """Bytes per image that autograd keeps from forward to backward, parameters not counted.
+    """Bytes per image that live from forward to backward: those of a forward pass on meta whose output is dropped.
 
-    Counted with saved-tensor hooks over `batch` images on the meta device; a storage is counted once.
+    Parameters and buffers are not counted; what a recomputed block keeps is.
     """
-    own = {p.untyped_storage()._cdata for p in [*model.parameters(), *model.buffers()]}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage
-        return tensor
-
-    parameter = next(model.parameters())
-    z = torch.empty(batch, 3, image_size, image_size, device="meta", dtype=parameter.dtype)
+    dtype = next(model.parameters()).dtype
     t, y = torch.empty(batch, device="meta"), torch.zeros(batch, dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(z, t, y)
-    return sum(storage.nbytes() for storage in kept.values()) // batch
+    with Allocations([t, y, *model.parameters(), *model.buffers()]) as allocations:
+        z = torch.empty(batch, 3, image_size, image_size, device="meta", dtype=dtype)
+        graph = model(z, t, y).grad_fn
+        del z
+    assert graph is not None
+    return allocations.alive() // batch
 
 
 def describe(p: Plan, config: Config, precision: str, worlds: tuple[int, ...] = (1, 4, 8, 64)) -> str:
     """The plan as lines for `--dry-run`."""
     t, activations = config.train, p.activation_bytes * config.train.micro_batch
-    kept = "recomputed by train.checkpoint_blocks" if t.checkpoint_blocks else "saved for backward"
     lines = [
         f"parameters         {p.parameters:,}",
         f"GFLOPs per image   {p.flops / 1e9:.2f} forward, {3 * p.flops / 1e9:.2f} forward and backward"
         " (2 per multiply-add)",
         f"images             {t.images:,} in {-(-t.images // t.global_batch):,} steps of {t.global_batch}",
         f"activations        {p.activation_bytes / 1e6:.1f} MB per image, {activations / 1e9:.2f} GB per micro-batch "
-        f"of {t.micro_batch}, {kept}",
-        f"memory per GPU in {precision}, computed: weights, gradients, optimizer and averages"
-        + ("" if t.checkpoint_blocks else ", plus activations"),
+        f"of {t.micro_batch}, kept for backward with train.recompute={t.recompute}",
+        f"memory per GPU in {precision}, computed: weights, gradients, optimizer, averages and activations",
         "  ranks " + "".join(f"{f'stage {stage}':>12}" for stage in (1, 2, 3)),
     ]
-    extra = 0 if t.checkpoint_blocks else activations
     for world in worlds:
-        cells = "".join(f"{(p.state_bytes(stage, world) + extra) / 1e9:>9.2f} GB" for stage in (1, 2, 3))
+        cells = "".join(f"{(p.state_bytes(stage, world) + activations) / 1e9:>9.2f} GB" for stage in (1, 2, 3))
         lines.append(f"  {world:>5} {cells}")
     return "\n".join(lines)

@@ -65,9 +65,7 @@ class Trainer:
         if config.run.init:
             state, _ = generator.read_exported(Path(config.run.init))
             generator.load_weights(model, state, config.run.init)
-        wrap_blocks(
-            model.blocks(), checkpoint_blocks=config.train.checkpoint_blocks, compile_blocks=config.train.compile_blocks
-        )
+        wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=config.train.compile_blocks)
         module = FlowMatching(model, config.objective, config.run.seed, null_class=len(self.classes))
         o = config.optimizer
         optimizer = AdamWEMA(
@@ -147,13 +145,13 @@ class Trainer:
                     mark = self._log(mark)
                 if stop or crossed(self.nimg, batch, c.save.every_images):
                     with mark.paused():
-                        self._save()
+                        self._save(last=stop)
                 if stop:
                     return self._stopped()
                 if crossed(self.nimg, batch, c.sample.grid_every_images) and self.nimg < self.total:
                     with mark.paused():
                         self._draw(self.folder / "samples" / f"{self.nimg:012d}.png")
-            self._save()
+            self._save(last=True)
             self._finish()
         return 0
 
@@ -178,7 +176,7 @@ class Trainer:
         stop, failed = any_rank(wishes, self.engine.host_group)
         if failed:
             self.metrics.close()
-            last = checkpoint.latest_valid(self.folder / "checkpoints")
+            last = checkpoint.latest_valid(self.folder / "checkpoints", self.engine.host_group)
             raise TrainingError(
                 f"{self.config.train.max_bad_steps} steps in a row had a loss or gradient that is not finite, the last "
                 f"at image {self.nimg:,}; the last good checkpoint is {last or 'none'}. Resume from it with a smaller "
@@ -212,13 +210,19 @@ class Trainer:
         )
         return Mark(self.nimg, self.loader)
 
-    def _save(self) -> None:
+    def _save(self, last: bool) -> None:
+        """Write a checkpoint. One that cannot be written costs nothing yet: the run goes on, unless it ends here."""
         if self.saved == self.nimg:
             return
         state = {"config": cfg.to_dict(self.config), "classes": self.classes, "seconds": self.seconds}
-        checkpoint.save(
-            self.folder / "checkpoints", self.engine, nimg=self.nimg, state=state, keep=self.config.save.keep
-        )
+        folder = self.folder / "checkpoints"
+        try:
+            checkpoint.save(folder, self.engine, nimg=self.nimg, state=state, keep=self.config.save.keep)
+        except checkpoint.CheckpointError as error:
+            if last:
+                raise
+            self.metrics.say(f"no checkpoint at image {self.nimg:,}, the run goes on and tries again later: {error}")
+            return
         self.saved = self.nimg
 
     def _resume(self) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from pixelgen_fast.engine.parallel import wrap_blocks
 from pixelgen_fast.engine.plan import Plan, saved_bytes
 from pixelgen_fast.models import pixeldit
 
@@ -31,6 +32,20 @@ class Toy(nn.Module):
 def test_saved_bytes_of_a_model_known_by_hand() -> None:
     with torch.device("meta"):
         assert saved_bytes(Toy(), 8) == 4 * (192 + 16)
+
+
+def test_recomputation_keeps_less_and_less() -> None:
+    """Whole blocks keep what passes between them; operators add their products; nothing recomputed adds the rest."""
+    config = pixeldit.Config(
+        hidden_size=24, num_heads=2, patch_depth=2, patch_size=4, pixel_hidden_size=8, pixel_depth=2
+    )
+    kept = []
+    for recompute in ("blocks", "operators", "none"):
+        with torch.device("meta"):
+            model = pixeldit.build(config, 16, 3)
+        wrap_blocks(model.blocks(), recompute=recompute, compile_blocks=False)
+        kept.append(saved_bytes(model, 16, 64))
+    assert kept == sorted(kept) and len(set(kept)) == 3
 
 
 def test_saved_bytes_per_image_do_not_depend_on_the_batch() -> None:

@@ -6,6 +6,7 @@ must end with the same weights: bit for bit on one rank, to rounding where the o
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -221,6 +222,23 @@ def test_steps_that_are_not_finite_are_skipped_and_named(
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["skipped_steps"] for row in rows] == [0, 0, 0, 1, 2, 2, 2]
     assert read_state(newest(tmp_path / "run"))["optimizer"]["step"] == 5
+
+
+def test_a_full_disk_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """The second checkpoint finds no room; the run goes on, says so, and the third is written."""
+    usage, calls = shutil.disk_usage, []
+
+    def full(path: Path) -> object:
+        calls.append(path)
+        return usage(path) if len(calls) != 3 else usage(path)._replace(free=0)
+
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    assert main(command(tmp_path / "run", 96)) == 0
+    said = capfd.readouterr().out
+    assert "no checkpoint at image 64, the run goes on" in said
+    assert [int(p.name) for p in checkpoints(tmp_path / "run" / "checkpoints")] == [96, 32]
 
 
 def test_ten_bad_steps_in_a_row_end_the_run(

@@ -137,9 +137,14 @@ def test_bfloat16_stays_near_float32(post: bool, float32_stream: bool) -> None:
     assert (found.float() - expected).norm() < 12 * 2**-8 * expected.norm()
 
 
-def test_checkpointing_changes_no_name_and_no_gradient() -> None:
+@pytest.mark.parametrize("recompute", ["operators", "blocks"])
+@pytest.mark.parametrize("body", ["reference", "triton"])
+def test_recomputation_changes_no_name_and_no_gradient(
+    recompute: str, body: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PIXELGEN_OPS", body)
     plain, wrapped = tiny(), tiny()
-    wrap_blocks(wrapped.blocks(), checkpoint_blocks=True, compile_blocks=False)
+    wrap_blocks(wrapped.blocks(), recompute=recompute, compile_blocks=False)
     assert list(plain.state_dict()) == list(wrapped.state_dict())
     z, t, y = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 3])
     for model in (plain, wrapped):
@@ -163,7 +168,7 @@ def test_the_whole_model_is_one_graph(body: str, post: bool, monkeypatch: pytest
 
 def test_compiling_blocks_changes_no_name() -> None:
     plain, wrapped = tiny(), tiny()
-    wrap_blocks(wrapped.blocks(), checkpoint_blocks=True, compile_blocks=True)
+    wrap_blocks(wrapped.blocks(), recompute="blocks", compile_blocks=True)
     assert list(plain.state_dict()) == list(wrapped.state_dict())
 
 
