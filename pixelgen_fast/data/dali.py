@@ -189,7 +189,7 @@ class Loader:
         return False
 
     def _allow_restart(self, error: Exception) -> None:
-        """A failure that no image explains, such as a killed reader process, is tried once more and then raised."""
+        """A failure that no image explains is tried once more and then raised."""
         if self._restarted_at == self._batch:
             raise error
         self._restarted_at = self._batch

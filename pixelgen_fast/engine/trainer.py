@@ -85,7 +85,7 @@ class Trainer:
             accumulation=self.accumulation,
             clip_norm=o.clip,
             dtype=precision,
-            whole_modules=model.blocks(),
+            whole_modules=model.whole_modules(),
         )
         self.nimg, self.saved, self.seconds = 0, -1, 0.0
         self._resume()

@@ -1,4 +1,7 @@
-"""The generators. A system is one module here, named as its `model.system`, with `Config` and `build`."""
+"""The generators. A system is one module here, named as its `model.system`, with `Config` and `build`.
+
+What `build` gives offers `blocks()` and `whole_modules()`, for the wrapping in engine/parallel.py and engine/zero.py.
+"""
 
 from __future__ import annotations
 

@@ -231,8 +231,12 @@ class PixelDiT(Float32Tables):
         return self.head(x_NPC, velocity.flatten(0, 1), weight_B)
 
     def blocks(self) -> list[nn.Module]:
-        """The modules that checkpointing, compilation and ZeRO-3 take one by one; all others are called as modules."""
+        """The modules that recomputation and compilation take one by one."""
         return [*self.patch_blocks, *self.pixel_blocks]
+
+    def whole_modules(self) -> list[nn.Module]:
+        """The modules that read parameters of children which they do not call: ZeRO-3 must gather each as a whole."""
+        return [*self.blocks(), self.head]
 
     def patch_stage(self, tokens_BLD: Tensor, c_BD: Tensor) -> Tensor:
         """Patch tokens through the patch blocks: the semantic tokens s [B, L, D]."""

@@ -319,17 +319,15 @@ def test_replacement_does_not_depend_on_batches_ranks_or_resuming(damaged):
         assert same(both, Batch(*(x[12 * step : 12 * step + 12] for x in plain)))
 
 
-def test_reader_processes_give_the_same_batches_through_damage_and_death(damaged):
+def test_reader_processes_give_the_same_batches_through_damage_and_interrupts(damaged):
     settings = PLAIN | {"size": 32, "global_batch": 20, "micro_batch": 20}
     here = take(damaged, 6, **settings)
     with Loader(open_index(damaged), **settings | {"workers": 1}) as loader:
         there = [next(loader) for _ in range(2)]
         (reader,) = multiprocessing.active_children()
         os.kill(reader.pid, signal.SIGINT)  # as Ctrl-C does; readers leave it to the trainer
-        there += [next(loader) for _ in range(2)]
+        there += [next(loader) for _ in range(4)]
         assert reader.is_alive()
-        os.kill(reader.pid, signal.SIGKILL)
-        there += [next(loader) for _ in range(2)]
     assert same(joined(there), joined(here))
     assert not multiprocessing.active_children()
 

@@ -32,7 +32,7 @@ def trained(stage: int, recompute: str) -> dict[str, torch.Tensor]:
         AdamWEMA(m.parameters(), lr=1e-2),
         stage=stage,
         micro_batch=4,
-        whole_modules=m.model.blocks(),
+        whole_modules=m.model.whole_modules(),
         # every parameter is freed outside its module, as the large ones of a real model are
         overrides={"zero_optimization": {"stage3_param_persistence_threshold": 0}} if stage == 3 else None,
     )

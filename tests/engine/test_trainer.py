@@ -76,37 +76,37 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120.0) -> No
 
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """400 images in one go on one rank."""
+    """800 images in one go on one rank."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(command(folder, 400)) == 0
+    assert main(command(folder, 800)) == 0
     return folder
 
 
 def test_stop_and_kill_change_nothing(whole_run: Path, tmp_path: Path) -> None:
     """SIGTERM saves and exits with its own code; kill -9 loses only what was not saved; the end is bit-identical."""
     folder = tmp_path / "broken"
-    process = start(PYTHON, folder, 400)
+    process = start(PYTHON, folder, 800)
     wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text(), process)
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=60)[0]
     assert process.returncode == REQUEUE, said
     assert "stopped by a signal" in said
     stopped_at = read_state(newest(folder))["nimg"]
-    assert 0 < stopped_at < 400
+    assert 0 < stopped_at < 800
 
-    process = start(PYTHON, folder, 400)
+    process = start(PYTHON, folder, 800)
     wait_for(lambda: read_state(newest(folder))["nimg"] > stopped_at, process)
     process.kill()
     process.communicate()
-    assert read_state(newest(folder))["nimg"] < 400
+    assert read_state(newest(folder))["nimg"] < 800
 
-    assert main(command(folder, 400)) == 0
+    assert main(command(folder, 800)) == 0
     expected, found = states(whole_run), states(folder)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     wanted = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
-    assert [row["nimg"] for row in rows] == [row["nimg"] for row in wanted] == list(range(16, 401, 16))
+    assert [row["nimg"] for row in rows] == [row["nimg"] for row in wanted] == list(range(16, 801, 16))
     assert [row["loss"] for row in rows] == [row["loss"] for row in wanted]
 
 
@@ -118,7 +118,7 @@ def test_other_world_sizes_and_stages_end_the_same(whole_run: Path, tmp_path: Pa
     said = process.communicate(timeout=200)[0]
     assert process.returncode == 0, said
     assert "resumed" in said and "image 128 of 272" in said and "train.zero_stage has changed: 1 -> 3" in said
-    assert main(command(folder, 400, "train.zero_stage=2")) == 0
+    assert main(command(folder, 800, "train.zero_stage=2")) == 0
     expected, found = states(whole_run), states(folder)
     for name in expected:
         assert relative(found[name], expected[name]) < 1e-5, name
@@ -139,21 +139,21 @@ def test_what_a_run_leaves(whole_run: Path) -> None:
     rows = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["images_per_second"] > 0 and 0 < rows[-1]["model_flops_share"] < 1
     assert {"lr", "grad_norm", "memory_bytes", "loader_wait_share"} <= rows[-1].keys()
-    assert [int(p.name) for p in checkpoints(whole_run / "checkpoints")] == [400, 384]
+    assert [int(p.name) for p in checkpoints(whole_run / "checkpoints")] == [800, 768]
     assert "hidden_size: 36" in (whole_run / "config.yaml").read_text()
 
 
 def test_a_finished_run_does_no_work_again(whole_run: Path, capsys: pytest.CaptureFixture) -> None:
     before = states(whole_run)
-    assert main(command(whole_run, 400)) == 0
-    assert "image 400 of 400" in capsys.readouterr().out
+    assert main(command(whole_run, 800)) == 0
+    assert "image 800 of 800" in capsys.readouterr().out
     assert all(torch.equal(before[name], value) for name, value in states(whole_run).items())
 
 
 def test_resume_refuses_what_does_not_fit(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(command(tmp_path / "new", 64, f"run.resume={tmp_path / 'nothing'}")) == 2
     assert "holds no valid checkpoint" in capsys.readouterr().err
-    assert main(command(whole_run, 400, "model.patch_depth=2")) == 2
+    assert main(command(whole_run, 800, "model.patch_depth=2")) == 2
     assert "model.patch_depth (1 -> 2)" in capsys.readouterr().err
 
 
