@@ -44,7 +44,8 @@ class TrainingError(RuntimeError):
 class Trainer:
     """One process of a run: `Trainer(config).run()` trains to the end and returns the exit code.
 
-    Raises ConfigError, DataError or CheckpointError before the first step when something does not fit.
+    Raises before the first step when something does not fit: ConfigError or ValueError for settings and data,
+    FileNotFoundError for a missing root, CheckpointError for what cannot be resumed, TrainingError for a full disk.
     """
 
     def __init__(self, config: cfg.Config) -> None:
