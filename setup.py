@@ -1,9 +1,17 @@
-"""Build of pixelgen_fast. Tool settings are in pyproject.toml; the extras are listed here."""
+"""Build of pixelgen_fast. Tool settings are in pyproject.toml; the extras are listed here.
+
+csrc is compiled against the PyTorch that is installed, so install with `pip install --no-build-isolation` after torch.
+Without torch or a compiler at hand the package installs all the same, runs its reference operators on a CPU, and says
+so; `pixelgen kernels build` compiles csrc later.
+"""
 
 import re
+import runpy
+import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "pixelgen_fast" / "__init__.py").read_text())[1]
@@ -26,8 +34,27 @@ EXTRAS = {
         "ruff",
         "import-linter>=2",
         "scipy",
+        "timm>=1.0.20",
+        "peft>=0.17",
     ],
 }
+
+
+class BuildNative(build_ext):
+    """Compile csrc with pixelgen_kernels/build.py, into the package, or beside its sources for an editable install."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")).with_suffix(".so"))
+
+    def build_extension(self, ext: Extension) -> None:
+        builder = runpy.run_path(str(HERE / "kernels" / "pixelgen_kernels" / "build.py"))
+        out = Path(self.get_ext_fullpath(ext.name))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            builder["build"](out)
+        except (ImportError, builder["BuildError"]) as error:
+            print(f"warning: csrc was not compiled, CPU operators run their reference: {error}", file=sys.stderr)
+
 
 setup(
     name="pixelgen_fast",
@@ -36,9 +63,15 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["pixelgen_fast*"]), "pixelgen_kernels"],
-    package_dir={"pixelgen_kernels": "kernels/pixelgen_kernels"},
-    package_data={"pixelgen_fast": ["py.typed"], "pixelgen_kernels": ["py.typed"]},
+    packages=[*find_packages(include=["pixelgen_fast*"]), "pixelgen_kernels", "pixelgen_kernels.csrc"],
+    package_dir={"pixelgen_kernels": "kernels/pixelgen_kernels", "pixelgen_kernels.csrc": "csrc"},
+    package_data={
+        "pixelgen_fast": ["py.typed"],
+        "pixelgen_kernels": ["py.typed"],
+        "pixelgen_kernels.csrc": ["*.cpp", "*.h", "cuda/*.cu"],
+    },
+    ext_modules=[Extension("pixelgen_kernels._native", sources=["csrc/native.cpp"], optional=True)],
+    cmdclass={"build_ext": BuildNative},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",

@@ -10,18 +10,15 @@ batch) and appends one JSON line to benchmarks/results/loader.jsonl.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
+from machine import RESULTS, append, machine
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -30,8 +27,6 @@ from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.data.encoded import decode
 from pixelgen_fast.data.index import ImageIndex, open_index, position
 from pixelgen_fast.data.tools import pack
-
-RESULTS = Path(__file__).parent / "results" / "loader.jsonl"
 
 
 class PilImages(Dataset):
@@ -141,17 +136,8 @@ def main() -> None:
         spread = f"{min(rates[name]):.0f} to {max(rates[name]):.0f}"
         print(f"| {name} | {median:.0f} | {spread} | {median / base:.2f} | {first:.2f} |")
 
-    RESULTS.parent.mkdir(exist_ok=True)
-    record = vars(args) | {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
-        "jpeg_bytes": mean_bytes,
-        "images_per_s": rates,
-        "first_batch_s": starts,
-    }
-    with RESULTS.open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    record = vars(args) | {"jpeg_bytes": mean_bytes, "images_per_s": rates, "first_batch_s": starts}
+    append(RESULTS / "loader.jsonl", record | machine(args.device))
 
 
 if __name__ == "__main__":

@@ -15,27 +15,22 @@ both relative to what a copy and a matrix product reach here, measured at the st
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch._functorch.config
-import triton
+from machine import RESULTS, append, machine
 from pixelgen_kernels import library
 from pixelgen_kernels.launch import MODELS, ModelShape
 from pixelgen_kernels.registry import OPERATORS, Inputs, Maker, Operator, differentiable, leaves, outputs, tensors, work
 from torch import Tensor
 
-RESULTS = Path(__file__).parent / "results" / "operators.jsonl"
 CACHE_BYTES = 256e6  # five times the L2 cache of an H100
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 PASSES = ("forward", "backward", "both")
@@ -211,24 +206,6 @@ def ceiling(device: str, dtype: torch.dtype) -> Ceiling:
     return Ceiling(2 * source.numel() * 4 / copy * 1e3, 2 * n**3 / product * 1e3)
 
 
-def machine(device: str) -> dict[str, str]:
-    """What a figure is worth nothing without."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "machine": f"{name}, {torch.get_num_threads()} threads" if device == "cpu" else name,
-        "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
-        "triton": triton.__version__, "commit": commit.stdout.strip() or "unknown",
-    }  # fmt: skip
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor())
-
-
 def line(row: dict[str, Any]) -> str:
     """One row as Markdown."""
     peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e6:.0f}"
@@ -249,7 +226,6 @@ def main() -> int:
     print("| operator | model | pass | provider | p20 ms | p50 ms | p80 ms | GB/s | TFLOP/s | share | peak MB |")
     print("|---|---|---|---|--:|--:|--:|--:|--:|--:|--:|")
     red = []
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     for name in args.ops.split(","):
         operator = OPERATORS[name]
         for model in args.models.split(","):
@@ -276,8 +252,7 @@ def main() -> int:
                         "share": max(rate / top.bandwidth, work_rate / top.flops), "ceiling": asdict(top), **about,
                     }  # fmt: skip
                     print(line(row), flush=True)
-                    with args.out.open("a") as out:
-                        out.write(json.dumps(row) + "\n")
+                    append(args.out, row)
     for message in red:
         print(f"RED {message}", file=sys.stderr)
     return 1 if red else 0
@@ -294,7 +269,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if gpu else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="bfloat16 on a GPU, else float32")
     parser.add_argument("--rounds", type=int, default=100 if gpu else 10)
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=RESULTS / "operators.jsonl")
     return parser
 
 

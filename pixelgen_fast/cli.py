@@ -28,6 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         args.arguments = rest
     elif rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_MININTERVAL", "10")  # a progress bar in a log file is a line each time it moves
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(levelname)s %(message)s")
     try:
@@ -186,6 +188,12 @@ def _kernels_report(args: argparse.Namespace) -> int:
     return report.main(args.arguments)
 
 
+def _kernels_build(args: argparse.Namespace) -> int:
+    from pixelgen_kernels import build
+
+    return build.main()
+
+
 def _kernels_warmup(args: argparse.Namespace) -> int:
     import torch
     from pixelgen_kernels.launch import ModelShape
@@ -311,6 +319,7 @@ def _parser() -> argparse.ArgumentParser:
     kernels = kernels.add_subparsers(required=True, metavar="COMMAND")
     text = "Compile every kernel for an H100 that is not there, say what it costs, and --gate it."
     command("report", _kernels_report, f"{text} Options: python -m pixelgen_kernels.report --help", kernels)
+    command("build", _kernels_build, "Compile the CPU operators in csrc for this machine's PyTorch.", kernels)
     warm = command(
         "warmup", _kernels_warmup, "Compile ahead, on this GPU, all kernels that a configuration needs.", kernels
     )

@@ -1,13 +1,14 @@
-"""AdamW and any number of weight averages in one pass over a flat shard.
+"""AdamW and any number of weight averages in one pass over a flat shard, or over a list of parameters.
 
-With gradient g, learning rate lr, decay w, step s = 1, 2, ... (Loshchilov & Hutter, ICLR 2019, algorithm 2):
+With gradient g = grad_scale * grad, learning rate lr, decay w, step s = 1, 2, ... (Loshchilov & Hutter, ICLR 2019,
+algorithm 2); grad_scale is what clips the gradient, at no pass of its own:
 
     m <- b1 m + (1 - b1) g                    v <- b2 v + (1 - b2) g^2
     p <- (1 - lr w) p - lr (m / (1 - b1^s)) / (sqrt(v / (1 - b2^s)) + eps)
     a <- d a + (1 - d) p                      for each average a with its decay d
 
-A step whose `skip` is true leaves every tensor as it is. `step` and `skip` may live on the device, so that a
-GPU never waits for the host.
+A step whose `skip` is true leaves every tensor as it is. `step`, `skip` and `grad_scale` may live on the device, so
+that a GPU never waits for the host.
 
 The kernel reads and writes every stream once, 16 bytes a thread at a time: 16 + 8 a bytes in, 12 + 4 a out, 2 more
 for the bf16 copy, a the number of averages. The corrections 1 - b^s = -expm1(s log b) are taken on the device.
@@ -47,9 +48,11 @@ def reference(
     step: int | Tensor,
     ema_decays: Sequence[float | Tensor],
     skip: Tensor | None = None,
+    grad_scale: float | Tensor = 1.0,
     bf16_out: Tensor | None = None,
 ) -> None:
     """The definition, in the formulas above; any floating dtype, a pass over memory for each. See `adamw_ema`."""
+    grad = grad * grad_scale
     keep = torch.ones((), dtype=torch.bool, device=param.device) if skip is None else ~skip
     step = torch.as_tensor(step, dtype=torch.float64, device=param.device)
     m = beta1 * exp_avg + (1.0 - beta1) * grad
@@ -95,13 +98,13 @@ def _average(ema_ptr, decay_ptr, offset, mask, param):
 def adamw_ema_kernel(
     param_ptr, grad_ptr, exp_avg_ptr, exp_avg_sq_ptr, bf16_ptr,
     ema0_ptr, ema1_ptr, ema2_ptr, ema3_ptr, decay0_ptr, decay1_ptr, decay2_ptr, decay3_ptr, step_ptr, skip_ptr,
-    N, lr, beta1, one_minus_beta1, log_beta1, beta2, one_minus_beta2, log_beta2, eps, keep_weight,
+    grad_scale_ptr, N, lr, beta1, one_minus_beta1, log_beta1, beta2, one_minus_beta2, log_beta2, eps, keep_weight,
     EMAS: tl.constexpr, BF16: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     offset = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = (offset < N) & (tl.load(skip_ptr) == 0)
     step = tl.load(step_ptr)
-    g = tl.load(grad_ptr + offset, mask=mask).to(tl.float32)
+    g = tl.load(grad_scale_ptr) * tl.load(grad_ptr + offset, mask=mask).to(tl.float32)
     m = beta1 * tl.load(exp_avg_ptr + offset, mask=mask) + one_minus_beta1 * g
     v = beta2 * tl.load(exp_avg_sq_ptr + offset, mask=mask) + one_minus_beta2 * g * g
     tl.store(exp_avg_ptr + offset, m, mask=mask)
@@ -123,7 +126,11 @@ def adamw_ema_kernel(
         _average(ema3_ptr, decay3_ptr, offset, mask, p)
 
 
-@torch.library.custom_op("pixelgen::adamw_ema", mutates_args=("param", "exp_avg", "exp_avg_sq", "emas", "bf16_out"))
+def _fake(*_: object) -> None:
+    return None
+
+
+@library.operator("adamw_ema", _fake, mutates=("param", "exp_avg", "exp_avg_sq", "emas", "bf16_out"))
 def _adamw_ema(
     param: Tensor,
     grad: Tensor,
@@ -133,6 +140,7 @@ def _adamw_ema(
     decays: Sequence[Tensor],
     step: Tensor,
     skip: Tensor,
+    grad_scale: Tensor,
     bf16_out: Tensor | None,
     lr: float,
     beta1: float,
@@ -141,13 +149,9 @@ def _adamw_ema(
     weight_decay: float,
 ) -> None:
     launch_update(
-        param, grad, exp_avg, exp_avg_sq, emas, decays, step, skip, bf16_out, lr, beta1, beta2, eps, weight_decay
-    )
-
-
-@_adamw_ema.register_fake
-def _(*_: object) -> None:
-    return None
+        param, grad, exp_avg, exp_avg_sq, emas, decays, step, skip, grad_scale, bf16_out,
+        lr, beta1, beta2, eps, weight_decay,
+    )  # fmt: skip
 
 
 def launch_update(
@@ -159,6 +163,7 @@ def launch_update(
     decays: Sequence[Tensor],
     step: Tensor,
     skip: Tensor,
+    grad_scale: Tensor,
     bf16_out: Tensor | None,
     lr: float,
     beta1: float,
@@ -167,20 +172,19 @@ def launch_update(
     weight_decay: float,
     config: Config = CONFIGS[0],
 ) -> None:
-    """Start the kernel. decays, step: float32 0-dim tensors on the shard's device; skip: bool."""
+    """Start the kernel. decays, step, grad_scale: float32 0-dim tensors on the shard's device; skip: bool."""
     N = param.numel()
     if N == 0:
         return
     # An unused pointer must still be a pointer; the kernel does not touch it.
     averages = [*emas, *[param] * (MOST_EMAS - len(emas))]
     decays = [*decays, *[step] * (MOST_EMAS - len(decays))]
-    with torch.cuda.device_of(param):
-        adamw_ema_kernel[(triton.cdiv(N, config.block),)](
-            param, grad, exp_avg, exp_avg_sq, param if bf16_out is None else bf16_out, *averages, *decays,
-            step, skip, N,
-            lr, beta1, 1.0 - beta1, _log(beta1), beta2, 1.0 - beta2, _log(beta2), eps, 1.0 - lr * weight_decay,
-            EMAS=len(emas), BF16=bf16_out is not None, BLOCK=config.block, num_warps=config.num_warps,
-        )  # fmt: skip
+    adamw_ema_kernel[(triton.cdiv(N, config.block),)](
+        param, grad, exp_avg, exp_avg_sq, param if bf16_out is None else bf16_out, *averages, *decays,
+        step, skip, grad_scale, N,
+        lr, beta1, 1.0 - beta1, _log(beta1), beta2, 1.0 - beta2, _log(beta2), eps, 1.0 - lr * weight_decay,
+        EMAS=len(emas), BF16=bf16_out is not None, BLOCK=config.block, num_warps=config.num_warps,
+    )  # fmt: skip
 
 
 def _log(beta: float) -> float:
@@ -226,6 +230,7 @@ def adamw_ema(
     step: int | Tensor,
     ema_decays: Sequence[float | Tensor],
     skip: Tensor | None = None,
+    grad_scale: float | Tensor = 1.0,
     bf16_out: Tensor | None = None,
 ) -> None:
     """Update a shard in place.
@@ -233,22 +238,23 @@ def adamw_ema(
     param, grad, exp_avg, exp_avg_sq, emas: tensors of one shape, dtype (fp32) and device. lr >= 0 per step;
     weight_decay per unit of lr (decoupled). step: number of this update, 1 for the first, int or 0-dim tensor.
     ema_decays: one per EMA, in [0, 1], float or 0-dim tensor. skip: 0-dim bool tensor; true leaves all untouched,
-    even where grad is not finite. bf16_out: receives the new parameters, rounded. grad is not changed.
-    Raises ValueError for shapes, dtypes or counts that do not agree.
+    even where grad is not finite. grad_scale: factor of the gradient, float or 0-dim tensor. bf16_out: receives the new
+    parameters, rounded. grad is not changed. Raises ValueError for shapes, dtypes or counts that do not agree.
     """
     _check(param, grad, exp_avg, exp_avg_sq, emas, ema_decays, bf16_out)
-    if library.body(param) == "triton":
+    ops = library.compiled(param)
+    if ops is not None:
         _check_kernel(param, grad, exp_avg, exp_avg_sq, emas, bf16_out)
-        torch.ops.pixelgen.adamw_ema(
+        ops.adamw_ema(
             param, grad, exp_avg, exp_avg_sq, list(emas), [_scalar(d, param) for d in ema_decays],
-            _scalar(step, param), param.new_zeros((), dtype=torch.bool) if skip is None else skip, bf16_out,
-            lr, beta1, beta2, eps, weight_decay,
+            *_scalars(param, step, skip, grad_scale), bf16_out, lr, beta1, beta2, eps, weight_decay,
         )  # fmt: skip
         return
+    scaled = grad if isinstance(grad_scale, float) and grad_scale == 1.0 else grad * grad_scale
     # PyTorch's own fused kernel is one pass over these four tensors on CPU and GPU; it reads a float32 step and
     # leaves everything alone where found_inf is 1.
     torch._fused_adamw_(
-        [param], [grad], [exp_avg], [exp_avg_sq], [],
+        [param], [scaled], [exp_avg], [exp_avg_sq], [],
         [torch.as_tensor(step, device=param.device).to(torch.float32)],
         lr=lr, beta1=beta1, beta2=beta2, weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
         grad_scale=None, found_inf=None if skip is None else skip.to(torch.float32),
@@ -257,6 +263,61 @@ def adamw_ema(
         ema.lerp_(param, _ema_weight(decay, skip, param))
     if bf16_out is not None:
         bf16_out.copy_(param if skip is None else torch.where(skip, bf16_out, param.to(bf16_out.dtype)))
+
+
+def adamw_ema_foreach(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    emas: Sequence[Sequence[Tensor]],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int | Tensor,
+    ema_decays: Sequence[float | Tensor],
+    skip: Tensor | None = None,
+    grad_scale: float | Tensor = 1.0,
+) -> None:
+    """`adamw_ema` of every parameter of a list, in place; one pass over all of them on a CPU with csrc compiled.
+
+    emas: for each decay the averages of all parameters. Raises ValueError as `adamw_ema` does.
+    """
+    if len({len(some) for some in (params, grads, exp_avgs, exp_avg_sqs, *emas)}) != 1 or len(emas) != len(ema_decays):
+        counts = [len(some) for some in (params, grads, exp_avgs, exp_avg_sqs, *emas)]
+        raise ValueError(
+            f"adamw_ema_foreach: lists of {counts} tensors for {len(ema_decays)} decays; lengths must agree"
+        )
+    if params and library.body(params[0]) == "native":
+        for param, *rest in zip(params, grads, exp_avgs, exp_avg_sqs, *emas, strict=True):
+            if any(x.shape != param.shape or x.dtype != torch.float32 or not x.is_contiguous() for x in (param, *rest)):
+                described = [f"{x.dtype} {list(x.shape)} strides {x.stride()}" for x in (param, *rest)]
+                raise ValueError(f"adamw_ema_foreach: tensors must be contiguous float32 of one shape, got {described}")
+        torch.ops.pixelgen_native.adamw_ema_foreach(
+            params, grads, exp_avgs, exp_avg_sqs, [ema for average in emas for ema in average],
+            [_scalar(d, params[0]) for d in ema_decays], *_scalars(params[0], step, skip, grad_scale),
+            lr, beta1, beta2, eps, weight_decay,
+        )  # fmt: skip
+        return
+    for param, grad, exp_avg, exp_avg_sq, *averages in zip(params, grads, exp_avgs, exp_avg_sqs, *emas, strict=True):
+        adamw_ema(
+            param, grad, exp_avg, exp_avg_sq, averages, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
+            weight_decay=weight_decay, step=step, ema_decays=ema_decays, skip=skip, grad_scale=grad_scale,
+        )  # fmt: skip
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """sqrt of the sum of all squares, a 0-dim tensor on the tensors' device; NaN or infinite if an element is."""
+    if (
+        tensors
+        and library.body(tensors[0]) == "native"
+        and all(x.dtype == torch.float32 and x.is_contiguous() for x in tensors)
+    ):
+        return torch.ops.pixelgen_native.total_norm(tensors)
+    return torch.nn.utils.get_total_norm(tensors)
 
 
 def _ema_weight(decay: float | Tensor, skip: Tensor | None, param: Tensor) -> float | Tensor:
@@ -272,6 +333,13 @@ def _scalar(value: float | Tensor, param: Tensor) -> Tensor:
     if isinstance(value, Tensor):
         return value.to(param.device, torch.float32)
     return torch.full((), value, dtype=torch.float32, device=param.device)
+
+
+def _scalars(
+    param: Tensor, step: int | Tensor, skip: Tensor | None, grad_scale: float | Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    skip = param.new_zeros((), dtype=torch.bool) if skip is None else skip
+    return _scalar(step, param), skip, _scalar(grad_scale, param)
 
 
 def _check_kernel(

@@ -1,7 +1,8 @@
 """Non-causal softmax attention:  out = softmax(q k^T / sqrt(d)) v  per head.
 
 One signature over the libraries that may be installed, tried in this order: flash-attn 4, 3, 2, xformers, and
-PyTorch's scaled_dot_product_attention (SDPA), which is always there and is what a CPU uses. A library is used after
+PyTorch's scaled_dot_product_attention (SDPA), which is always there. A CPU uses csrc for float32 heads of up to
+NATIVE_TOKENS tokens, which fit its cache, and SDPA for the rest. A library is used after
 its forward and backward have given the right numbers on this device, in this dtype and head size; one that is
 installed and fails is reported as a warning. PIXELGEN_ATTENTION=flash|xformers|sdpa forces a choice.
 
@@ -38,6 +39,8 @@ Backward = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tens
 
 VARIABLE = "PIXELGEN_ATTENTION"
 SDPA = "PyTorch SDPA"
+# Longest sequence, and divisor of the head size, of the CPU body.
+NATIVE_TOKENS, NATIVE_LANES = 128, 8
 # The libraries' kernels exist for this device type and these dtypes.
 KERNEL_DEVICE = "cuda"
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
@@ -130,6 +133,8 @@ def attention_backend(device: torch.device | str, dtype: torch.dtype, head_dim: 
     """
     device = torch.device(device).type
     chosen, reasons = _choose(device, dtype, head_dim)
+    if _native_heads(device, dtype, head_dim):
+        chosen = f"csrc up to {NATIVE_TOKENS} tokens, {chosen} above,"
     because = f" ({'; '.join(reasons)})" if reasons else ""
     return f"attention: {chosen} on {device}, {str(dtype).removeprefix('torch.')}, head size {head_dim}{because}"
 
@@ -256,6 +261,24 @@ def _attention_backward(
     return _run_backward(name, dout, q, k, v, out, lse)
 
 
+# The CPU body of few tokens; csrc implements it and its gradient.
+torch.library.define("pixelgen_native::attention", "(Tensor q, Tensor k, Tensor v) -> (Tensor out, Tensor lse)")
+torch.library.define(
+    "pixelgen_native::attention_backward",
+    "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse) -> (Tensor dq, Tensor dk, Tensor dv)",
+)
+torch.library.register_fake("pixelgen_native::attention", lambda q, k, v: _fake_forward(q, k, v, ""))
+torch.library.register_fake("pixelgen_native::attention_backward", lambda *tensors: _fake_backward(*tensors, ""))
+register_flop_formula(torch.ops.pixelgen_native.attention)(lambda q, k, v, **_: _flops(q, k, v, ""))
+register_flop_formula(torch.ops.pixelgen_native.attention_backward)(lambda *shapes, **_: _flops_backward(*shapes))
+
+
+def _native_heads(device: str, dtype: torch.dtype, head_dim: int) -> bool:
+    """Whether csrc has attention for such heads here, and nothing else is asked for."""
+    wanted = device == "cpu" and dtype == torch.float32 and head_dim % NATIVE_LANES == 0
+    return wanted and not os.environ.get(VARIABLE) and library.choose_body(device)[0] == "native"
+
+
 def _count_cpu_sdpa() -> None:
     """PyTorch's FLOP counter knows SDPA's CUDA operators; its CPU operator does the same products."""
     aten = torch.ops.aten
@@ -279,7 +302,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     if dout is None:
         return None, None, None, None
-    return *torch.ops.pixelgen.attention_backward(dout.contiguous(), *ctx.saved_tensors, ctx.name), None
+    return *library.kernels.attention_backward(dout.contiguous(), *ctx.saved_tensors, ctx.name), None
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
@@ -300,8 +323,15 @@ def attention(q_BLHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor) -> Tensor:
             )
     chosen = _backend(q_BLHd.device.type, q_BLHd.dtype, q_BLHd.shape[-1])
     if chosen == SDPA:
+        if q_BLHd.shape[1] <= NATIVE_TOKENS and _native(q_BLHd.device.type, q_BLHd.dtype, q_BLHd.shape[-1]):
+            return torch.ops.pixelgen_native.attention(q_BLHd, k_BLHd, v_BLHd)[0]
         return attention_reference(q_BLHd, k_BLHd, v_BLHd)
-    return torch.ops.pixelgen.attention(q_BLHd, k_BLHd, v_BLHd, chosen)[0]
+    return library.kernels.attention(q_BLHd, k_BLHd, v_BLHd, chosen)[0]
+
+
+@torch.compiler.assume_constant_result
+def _native(device: str, dtype: torch.dtype, head_dim: int) -> bool:
+    return _native_heads(device, dtype, head_dim)
 
 
 @torch.compiler.assume_constant_result

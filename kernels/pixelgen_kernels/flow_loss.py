@@ -34,7 +34,8 @@ def flow_loss_reference(
     wide = torch.promote_types(x_NPC.dtype, torch.float32)
     n_NPC = F.rms_norm(x_NPC.to(wide), norm_C.shape, norm_C.to(wide), eps)
     error_NP3 = F.linear(n_NPC, w_3C.to(wide), b_3.to(wide)) - target_NP3
-    return weight_B * error_NP3.square().reshape(weight_B.shape[0], -1).mean(dim=1)
+    B = weight_B.shape[0]
+    return weight_B * error_NP3.square().reshape(B, error_NP3.numel() // max(B, 1)).mean(dim=1)
 
 
 class Config(NamedTuple):
@@ -216,7 +217,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.pixelgen.flow_loss_backward(dloss, *ctx.saved_tensors, ctx.eps)
+    grads = library.kernels.flow_loss_backward(dloss, *ctx.saved_tensors, ctx.eps)
     return *grads, None, None, None
 
 
@@ -284,6 +285,6 @@ def flow_loss(
         target=(target_NP3, (N, P, 3)),
         weight=(weight_B, (B,)),
     )
-    if library.body(x_NPC) == "triton":
-        return torch.ops.pixelgen.flow_loss(x_NPC, norm_C, w_3C, b_3, target_NP3, weight_B, eps)
-    return flow_loss_reference(x_NPC, norm_C, w_3C, b_3, target_NP3, weight_B, eps)
+    ops = library.compiled(x_NPC)
+    run = flow_loss_reference if ops is None else ops.flow_loss
+    return run(x_NPC, norm_C, w_3C, b_3, target_NP3, weight_B, eps)

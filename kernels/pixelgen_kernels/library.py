@@ -4,14 +4,18 @@ An operator is one name with three bodies. `reference` is its definition in plai
 body, `triton` its kernels. CUDA tensors get `triton`, CPU tensors `native` where the extension is built and
 `reference` otherwise. PIXELGEN_OPS=reference|native|triton forces one: for parity tests and debugging. The kernels
 also run on CPU tensors, slowly, in Triton's interpreter (TRITON_INTERPRET=1, set before this package is imported).
+
+In torch's dispatcher `pixelgen::<op>` is the kernels on CUDA and csrc on CPU. For the interpreter the kernels are
+registered under `pixelgen_interpreter::<op>`, so that one process can compare all bodies on the same CPU tensors.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
+import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -20,25 +24,30 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from pixelgen_kernels import build
 from pixelgen_kernels.launch import Launch
 
 Body = Literal["reference", "native", "triton"]
 
 VARIABLE = "PIXELGEN_OPS"
-NATIVE_EXTENSION = "pixelgen_kernels._native"
+# another file is for a sanitised or profiled build
+NATIVE_LIBRARY = Path(os.environ.get("PIXELGEN_NATIVE_LIBRARY") or Path(__file__).resolve().parent / build.NAME)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # triton.jit asks for the interpreter when a kernel is defined, so the answer is fixed at import.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Rows and columns of one step of sum_partials: few columns, so that many programs share a narrow sum.
 SUM_BLOCK_R, SUM_BLOCK_C, SUM_WARPS = 256, 16, 8
+NAMESPACE = "pixelgen_interpreter" if INTERPRETED else "pixelgen"
+kernels = getattr(torch.ops, NAMESPACE)
 
 
 def body(tensor: Tensor) -> Body:
-    """The body that an operator runs on this tensor.
+    """The body that an operator runs on this tensor; float64 runs the reference unless another body is forced.
 
     Raises ValueError when PIXELGEN_OPS names no body, or one that cannot run on the tensor's device.
     """
-    return choose_body(tensor.device.type)[0]
+    chosen = choose_body(tensor.device.type)[0]
+    return "reference" if tensor.dtype == torch.float64 and VARIABLE not in os.environ else chosen
 
 
 def describe_bodies(device: str) -> str:
@@ -55,13 +64,13 @@ def choose_body(device: str) -> tuple[Body, str]:
         if device == "cuda":
             return "triton", "CUDA device"
         if device == "cpu" and has_native():
-            return "native", "CPU, compiled extension found"
-        return "reference", f"{device}, no compiled extension" if device == "cpu" else f"{device} device"
+            return "native", "CPU, csrc compiled"
+        return "reference", native_problem() if device == "cpu" else f"{device} device"
     if forced not in get_args(Body):
         raise ValueError(f"{VARIABLE}={forced!r} names no body; use one of {', '.join(get_args(Body))}, or unset it")
     if forced == "native" and (device != "cpu" or not has_native()):
-        missing = "runs on CPU tensors only" if device != "cpu" else f"needs the compiled {NATIVE_EXTENSION}"
-        raise ValueError(f"{VARIABLE}=native {missing}; build it, or unset {VARIABLE} (tensor on {device})")
+        missing = f"runs on CPU tensors only, not on {device}" if device != "cpu" else f"cannot run: {native_problem()}"
+        raise ValueError(f"{VARIABLE}=native {missing}; or unset {VARIABLE}")
     if forced == "triton" and device == "cpu" and not INTERPRETED:
         raise ValueError(
             f"{VARIABLE}=triton on a CPU tensor needs TRITON_INTERPRET=1 in the environment before Python starts; "
@@ -72,15 +81,38 @@ def choose_body(device: str) -> tuple[Body, str]:
 
 @functools.cache
 def has_native() -> bool:
-    return importlib.util.find_spec(NATIVE_EXTENSION) is not None
+    """Whether the compiled CPU bodies are there; opens them. Says so once when a library is there that cannot run."""
+    return not native_problem()
 
 
-def operator(name: str, fake: Callable[..., Any], flops: Callable[..., int] | None = None) -> Callable[..., Any]:
-    """Decorator that registers a launcher as torch.ops.pixelgen.<name> and returns the torch.library.CustomOpDef.
+@functools.cache
+def native_problem() -> str:
+    """Why the compiled CPU bodies cannot run; empty when they can."""
+    if not NATIVE_LIBRARY.is_file():
+        return "csrc is not compiled; run `pixelgen kernels build`, which needs a C++ compiler"
+    try:
+        torch.ops.load_library(NATIVE_LIBRARY)
+        built_for = torch.ops.pixelgen_native.torch_version()
+    except (OSError, RuntimeError) as error:
+        problem = f"it cannot be loaded ({error})"
+    else:
+        if built_for.split("+")[0] == torch.__version__.split("+")[0]:
+            return ""
+        problem = f"it was compiled for PyTorch {built_for}, this is {torch.__version__}"
+    problem = f"{NATIVE_LIBRARY}: {problem}; run `pixelgen kernels build`"
+    warnings.warn(problem, RuntimeWarning, stacklevel=2)
+    return problem
+
+
+def operator(
+    name: str, fake: Callable[..., Any], flops: Callable[..., int] | None = None, mutates: Sequence[str] = ()
+) -> Callable[..., Any]:
+    """Decorator that registers a launcher as the Triton body of pixelgen::<name>; returns its CustomOpDef.
 
     fake: same arguments, returns empty outputs of the same shapes, strides and dtypes. flops: shapes of the tensor
     arguments and the other arguments as they are, keyword out_shape; 2 x multiply-adds of the matrix products.
-    The launcher's first argument is a tensor; its kernels start on that tensor's device.
+    mutates: arguments that it changes. The launcher's first argument is a tensor; its kernels start on that tensor's
+    device. csrc registers the CPU body and its gradient under the same name when it is loaded.
     """
 
     def register(launcher: Callable[..., Any]) -> Any:
@@ -89,14 +121,28 @@ def operator(name: str, fake: Callable[..., Any], flops: Callable[..., int] | No
             with torch.cuda.device_of(args[0]):
                 return launcher(*args, **kwargs)
 
-        schema = torch.library.infer_schema(launcher, mutates_args=())
-        op = torch.library.custom_op(f"pixelgen::{name}", on_device, mutates_args=(), schema=schema)
+        schema = torch.library.infer_schema(launcher, mutates_args=mutates)
+        op = torch.library.custom_op(f"{NAMESPACE}::{name}", on_device, mutates_args=mutates, schema=schema)
         op.register_fake(fake)
+        if NAMESPACE != "pixelgen":
+            torch.library.define(f"pixelgen::{name}", schema)
+            torch.library.register_fake(f"pixelgen::{name}", fake)
         if flops is not None:
-            register_flop_formula(getattr(torch.ops.pixelgen, name))(flops)
+            register_flop_formula([getattr(space, name) for space in {kernels, torch.ops.pixelgen}])(flops)
         return op
 
     return register
+
+
+def compiled(tensor: Tensor) -> Any:
+    """The dispatcher's namespace in which this tensor's body of each operator is registered; None: the reference.
+
+    Raises ValueError as `body` does.
+    """
+    chosen = body(tensor)
+    if chosen == "reference":
+        return None
+    return torch.ops.pixelgen if chosen == "native" else kernels
 
 
 def check(op: str, like: Tensor, *, rows: Sequence[str] = (), **wanted: tuple[Tensor, tuple[int, ...]]) -> None:

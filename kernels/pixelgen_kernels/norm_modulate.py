@@ -278,7 +278,7 @@ def _backward(ctx: Any, dy: Tensor | None, dxp: Tensor | None, dr: Tensor | None
     xp, r, weight, scale, branch, gate = ctx.saved_tensors
     dy = torch.zeros_like(xp) if dy is None else dy.contiguous()
     dxp = None if dxp is None or branch is None else dxp.contiguous()
-    dx, dbranch, dweight, dshift, dscale, dgate = torch.ops.pixelgen.norm_modulate_backward(
+    dx, dbranch, dweight, dshift, dscale, dgate = library.kernels.norm_modulate_backward(
         dy, dxp, xp, r, weight, scale, branch, gate
     )
     if branch is None:
@@ -354,9 +354,8 @@ def norm_modulate(
     if branch_BLD is not None:
         wanted |= {"branch": (branch_BLD, (B, L, D)), "gate": (gate_BD, (B, D))}
     library.check("norm_modulate", x_BLD, rows=("shift", "scale", "gate"), **wanted)
-    if library.body(x_BLD) == "triton":
-        y_BLD, xp_BLD, _ = torch.ops.pixelgen.norm_modulate(
-            x_BLD, weight_D, shift_BD, scale_BD, branch_BLD, gate_BD, eps
-        )
-        return y_BLD, x_BLD if branch_BLD is None else xp_BLD
-    return norm_modulate_reference(x_BLD, weight_D, shift_BD, scale_BD, branch_BLD, gate_BD, eps)
+    ops = library.compiled(x_BLD)
+    if ops is None:
+        return norm_modulate_reference(x_BLD, weight_D, shift_BD, scale_BD, branch_BLD, gate_BD, eps)
+    y_BLD, xp_BLD, _ = ops.norm_modulate(x_BLD, weight_D, shift_BD, scale_BD, branch_BLD, gate_BD, eps)
+    return y_BLD, x_BLD if branch_BLD is None else xp_BLD

@@ -373,7 +373,7 @@ def _backward(ctx: Any, dtokens: Tensor | None, *_: Tensor | None) -> tuple[Tens
     if dtokens is None:
         return (None,) * 8
     features, weight, bias = ctx.saved_tensors
-    packed = torch.ops.pixelgen.patch_projection_backward(dtokens.contiguous(), features, weight, bias)
+    packed = library.kernels.patch_projection_backward(dtokens.contiguous(), features, weight, bias)
     dweight, dbias = packed.split([weight.numel(), bias.numel()])
     return None, None, None, dweight.view_as(weight).to(weight.dtype), dbias.to(bias.dtype), None, None, None
 
@@ -482,9 +482,8 @@ def noised_patch_projection(
             raise ValueError(f"{op}: {name} gets no gradient, but requires one; pass {name}.detach()")
     # the key is 64 bits: an operator's integers are signed
     seed = (seed + 2**63) % 2**64 - 2**63
-    if library.body(weight) == "triton":
-        tokens, pixels, target, _ = torch.ops.pixelgen.patch_projection(
-            image, numbers, t, weight, bias, patch, seed, noise_scale
-        )
-        return tokens, pixels.detach(), target.detach()
-    return noised_patch_projection_reference(image, numbers, t, weight, bias, patch, seed, noise_scale)
+    ops = library.compiled(weight)
+    if ops is None:
+        return noised_patch_projection_reference(image, numbers, t, weight, bias, patch, seed, noise_scale)
+    tokens, pixels, target, _ = ops.patch_projection(image, numbers, t, weight, bias, patch, seed, noise_scale)
+    return tokens, pixels.detach(), target.detach()

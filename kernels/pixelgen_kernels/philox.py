@@ -17,6 +17,8 @@ import math
 import torch
 from torch import Tensor
 
+from pixelgen_kernels import library
+
 NOISE, TIME, LABEL_DROP, FLIP, SAMPLING = range(5)
 
 _MULTIPLIER_A, _MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
@@ -47,6 +49,9 @@ def words(seed: int, numbers: Tensor, stream: int, count: int) -> Tensor:
     """
     if numbers.dtype != torch.int64 or numbers.ndim != 1:
         raise ValueError(f"numbers must be int64 [B], got {numbers.dtype} {list(numbers.shape)}")
+    if library.choose_body(numbers.device.type)[0] == "native":
+        signed = (seed + 2**63) % 2**64 - 2**63
+        return torch.ops.pixelgen_native.random_words(signed, numbers, stream, count)
     blocks = torch.arange((count + 3) // 4, device=numbers.device)
     low, high = (numbers & _MASK)[:, None], ((numbers >> 32) & _MASK)[:, None]
     key = (seed & _MASK, (seed >> 32) & _MASK)

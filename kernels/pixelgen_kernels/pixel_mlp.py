@@ -379,7 +379,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    grads = torch.ops.pixelgen.pixel_mlp_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options)
+    grads = library.kernels.pixel_mlp_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options)
     return *grads, None, None, None
 
 
@@ -457,6 +457,6 @@ def pixel_mlp(
     for name, parameter in {"b1": b1, "w2": w2, "b2": b2}.items():
         if parameter.dtype != w1.dtype:
             raise ValueError(f"pixel_mlp: {name} must be {w1.dtype} like w1, got {parameter.dtype}")
-    if library.body(x_NPC) == "triton":
-        return torch.ops.pixelgen.pixel_mlp(x_NPC, e_NPC, modulation, weight_C, w1, b1, w2, b2, post, gelu, eps)
-    return pixel_mlp_reference(x_NPC, e_NPC, modulation, weight_C, w1, b1, w2, b2, post, gelu, eps)
+    ops = library.compiled(x_NPC)
+    run = pixel_mlp_reference if ops is None else ops.pixel_mlp
+    return run(x_NPC, e_NPC, modulation, weight_C, w1, b1, w2, b2, post, gelu, eps)

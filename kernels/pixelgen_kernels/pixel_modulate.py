@@ -165,9 +165,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, modulation = ctx.saved_tensors
-    dx, dweight, dmodulation = torch.ops.pixelgen.pixel_modulate_backward(
-        dy.contiguous(), x, weight, modulation, ctx.eps
-    )
+    dx, dweight, dmodulation = library.kernels.pixel_modulate_backward(dy.contiguous(), x, weight, modulation, ctx.eps)
     return dx, dweight, None if modulation is None else dmodulation, None
 
 
@@ -218,6 +216,7 @@ def pixel_modulate(x_NPC: Tensor, weight_C: Tensor, modulation: Tensor | None = 
     N, P, C = x_NPC.shape
     given = {} if modulation is None else {"modulation": (modulation, (N, P, 2 * C))}
     library.check("pixel_modulate", x_NPC, x=(x_NPC, x_NPC.shape), weight=(weight_C, (C,)), **given)
-    if library.body(x_NPC) == "triton":
-        return torch.ops.pixelgen.pixel_modulate(x_NPC, weight_C, modulation, eps)
-    return pixel_modulate_reference(x_NPC, weight_C, modulation, eps)
+    ops = library.compiled(x_NPC)
+    if ops is None:
+        return pixel_modulate_reference(x_NPC, weight_C, modulation, eps)
+    return ops.pixel_modulate(x_NPC, weight_C, modulation, eps)

@@ -230,7 +230,7 @@ class _QKNormRope(torch.autograd.Function):
     def forward(
         qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        q, k = torch.ops.pixelgen.qk_norm_rope(qkv, q_weight, k_weight, cos, sin, heads, eps)
+        q, k = library.compiled(qkv).qk_norm_rope(qkv, q_weight, k_weight, cos, sin, heads, eps)
         return q, k, rearrange(qkv, "B L (three H d) -> three B L H d", three=3, H=heads)[2]
 
     @staticmethod
@@ -240,7 +240,7 @@ class _QKNormRope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dqkv, dweights = torch.ops.pixelgen.qk_norm_rope_backward(
+        dqkv, dweights = library.compiled(grads[0]).qk_norm_rope_backward(
             *(grad.contiguous() for grad in grads), *ctx.saved_tensors, ctx.eps
         )
         return dqkv, dweights[0], dweights[1], None, None, None, None
@@ -297,6 +297,6 @@ def qk_norm_rope(
             "qk_norm_rope: q_weight and k_weight must share a dtype, and so must cos and sin, "
             f"got {q_weight.dtype}, {k_weight.dtype}, {cos.dtype}, {sin.dtype}"
         )
-    if library.body(qkv) == "triton":
-        return _QKNormRope.apply(qkv, q_weight, k_weight, cos, sin, heads, eps)
-    return qk_norm_rope_reference(qkv, q_weight, k_weight, cos, sin, heads, eps)
+    if library.compiled(qkv) is None:
+        return qk_norm_rope_reference(qkv, q_weight, k_weight, cos, sin, heads, eps)
+    return _QKNormRope.apply(qkv, q_weight, k_weight, cos, sin, heads, eps)

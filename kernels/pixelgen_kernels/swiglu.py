@@ -128,7 +128,7 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: Tensor) -> Tensor:
-    return torch.ops.pixelgen.swiglu_backward(dy.contiguous(), *ctx.saved_tensors)[0]
+    return library.kernels.swiglu_backward(dy.contiguous(), *ctx.saved_tensors)[0]
 
 
 _swiglu.register_autograd(_backward, setup_context=_setup_context)
@@ -171,6 +171,5 @@ def swiglu(packed: Tensor) -> Tensor:
     if packed.ndim == 0 or packed.shape[-1] % 2:
         raise ValueError(f"swiglu: packed must have an even last size (a | b), got {list(packed.shape)}")
     library.check("swiglu", packed, packed=(packed, packed.shape))
-    if library.body(packed) == "triton":
-        return torch.ops.pixelgen.swiglu(packed)
-    return swiglu_reference(packed)
+    ops = library.compiled(packed)
+    return swiglu_reference(packed) if ops is None else ops.swiglu(packed)

@@ -20,7 +20,7 @@ from pixelgen_kernels.swiglu import swiglu
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
     def forward(packed: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(torch.ops.pixelgen.swiglu(packed), weight)
+        return F.linear(library.compiled(packed).swiglu(packed), weight)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
@@ -29,7 +29,7 @@ class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
         packed, weight = ctx.saved_tensors
-        dpacked, y = torch.ops.pixelgen.swiglu_backward(dout @ weight, packed)
+        dpacked, y = library.compiled(packed).swiglu_backward(dout @ weight, packed)
         return dpacked, dout.flatten(0, -2).t() @ y.flatten(0, -2)
 
 
@@ -40,6 +40,6 @@ def swiglu_linear(packed: Tensor, weight: Tensor) -> Tensor:
             f"swiglu_linear: packed {list(packed.shape)} {packed.dtype} does not fit weight {list(weight.shape)} "
             f"{weight.dtype}; packed needs twice the weight's columns and its dtype"
         )
-    if library.body(packed) == "triton":
-        return _SwiGLULinear.apply(packed, weight)
-    return F.linear(swiglu(packed), weight)
+    if library.compiled(packed) is None:
+        return F.linear(swiglu(packed), weight)
+    return _SwiGLULinear.apply(packed, weight)

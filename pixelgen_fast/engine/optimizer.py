@@ -8,8 +8,9 @@ EMA with warm-up (off by default), s = number of the step, 1 for the first:
 
     d_s = min(decay, (1 + s) / (10 + s)),      ema <- d_s ema + (1 - d_s) p
 
-A step whose global gradient norm is not finite changes no weight, moment, average or step count; it is counted. All of
-it stays on the device: the host never waits. `counters` = (steps applied, steps skipped, steps skipped in a row).
+A step whose global gradient norm is not finite changes no weight, moment, average or step count; it is counted. The
+gradient is clipped by a factor that the same pass applies. All of it stays on the device: the host never waits.
+`counters` = (steps applied, steps skipped, steps skipped in a row).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-from pixelgen_kernels.adamw_ema import adamw_ema
+from pixelgen_kernels.adamw_ema import adamw_ema_foreach, total_norm
 from torch import Tensor
 
 APPLIED, SKIPPED, SKIPPED_IN_A_ROW = range(3)
@@ -33,8 +34,9 @@ def ema_key(decay: float) -> str:
 class AdamWEMA(torch.optim.Optimizer):
     """AdamW (decoupled weight decay) with one exponential moving average of the weights for each decay.
 
-    params: parameters or param groups. A group may set `lr`, `weight_decay`, `betas`, `eps`, and `ema: bool`
-    (False: trained, not averaged). ema_decays: distinct values in [0, 1). ema_warmup: the formula above.
+    params: parameters or param groups. A group may set `lr`, `weight_decay`, `betas`, `eps`, and `ema: bool` (False:
+    trained, not averaged). clip_norm: bound on the global gradient norm, or None.
+    ema_decays: distinct values in [0, 1). ema_warmup: the formula above.
     State of each parameter: `exp_avg`, `exp_avg_sq` (zeros at the start) and `ema_<decay>` (a copy of the weights).
 
     Used alone, it judges a step by the norm of the gradients it holds. Under ZeRO it holds a shard only and is called
@@ -54,12 +56,17 @@ class AdamWEMA(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         ema_decays: Sequence[float] = (0.9999,),
         ema_warmup: bool = False,
+        clip_norm: float | None = None,
     ) -> None:
         self.ema_decays = tuple(float(d) for d in ema_decays)
         self.ema_warmup = ema_warmup
+        self.clip_norm = clip_norm
         self.grad_norm: Callable[[], Tensor | float] | None = None
+        self.norm: Tensor | float = 0.0  # of the last step, before clipping, where this optimizer took it itself
         if any(not 0.0 <= d < 1.0 for d in self.ema_decays) or len(set(self.ema_decays)) < len(self.ema_decays):
             raise ValueError(f"ema_decays must be distinct and in [0, 1), got {list(ema_decays)}")
+        if clip_norm is not None and not clip_norm > 0.0:
+            raise ValueError(f"clip_norm must be positive, or None for no clipping, got {clip_norm}")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, ema=True))
         for number, group in enumerate(self.param_groups):
             _check_group(number, group)
@@ -90,19 +97,20 @@ class AdamWEMA(torch.optim.Optimizer):
         skip = ~self._finite(norm)
         step = self.counters[APPLIED] + 1
         decays = self._decays(step)
+        scale = self._clip_scale(norm)
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self.init_state(param, group)
-                keys = self.ema_keys(group)
-                adamw_ema(
-                    param, param.grad, state["exp_avg"], state["exp_avg_sq"], [state[key] for key in keys],
-                    lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
-                    step=step, skip=skip, ema_decays=decays[: len(keys)],
-                )  # fmt: skip
+            params = [param for param in group["params"] if param.grad is not None]
+            states = [self.init_state(param, group) for param in params]
+            keys = self.ema_keys(group)
+            adamw_ema_foreach(
+                params, [param.grad for param in params], [s["exp_avg"] for s in states],
+                [s["exp_avg_sq"] for s in states], [[s[key] for s in states] for key in keys],
+                lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
+                step=step, skip=skip, ema_decays=decays[: len(keys)], grad_scale=scale,
+            )  # fmt: skip
         if self.grad_norm is None:
+            self.norm = norm
             self.end_step(norm)
 
     @torch.no_grad()
@@ -132,12 +140,18 @@ class AdamWEMA(torch.optim.Optimizer):
         warm = (1.0 + step.to(torch.float64)) / (10.0 + step)
         return [warm.clamp(max=decay) for decay in self.ema_decays]
 
+    def _clip_scale(self, norm: Tensor | float) -> float | Tensor:
+        """What the gradient is multiplied with, so that its norm is at most clip_norm."""
+        if self.clip_norm is None:
+            return 1.0
+        return (self.clip_norm / (torch.as_tensor(norm, device=self.counters.device) + 1e-6)).clamp(max=1.0)
+
     def _finite(self, norm: Tensor | float) -> Tensor:
         return torch.isfinite(torch.as_tensor(norm, device=self.counters.device))
 
     def _local_norm(self) -> Tensor:
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads)
+        return total_norm(grads)
 
 
 def _check_group(number: int, group: dict[str, Any]) -> None:

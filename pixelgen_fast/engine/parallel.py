@@ -20,7 +20,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 Recompute = Literal["none", "operators", "blocks"]
 
 _PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2)}
-_ATTENTION = ("pixelgen::attention", "aten::_scaled_dot_product")
+_ATTENTION = ("pixelgen::attention", "pixelgen_native::attention", "aten::_scaled_dot_product")
 _WIDE = 6
 
 

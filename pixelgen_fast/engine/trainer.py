@@ -24,6 +24,7 @@ from pixelgen_fast.data import Batch
 from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.data.roots import open_root
 from pixelgen_fast.engine import checkpoint, generator, zero
+from pixelgen_fast.engine.memory import keep_freed_memory
 from pixelgen_fast.engine.metrics import Metrics, device_peak, forward_flops, memory_used
 from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.engine.optimizer import AdamWEMA, ema_key
@@ -51,6 +52,8 @@ class Trainer:
     def __init__(self, config: cfg.Config) -> None:
         self.config = config
         self.device, precision = resolve_device(config)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.rank, self.world, local_rank = zero.init_distributed(self.device)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", local_rank)
@@ -77,6 +80,7 @@ class Trainer:
             weight_decay=o.weight_decay,
             ema_decays=o.ema,
             ema_warmup=o.ema_warmup,
+            clip_norm=o.clip,
         )
         self.engine = zero.ZeroEngine(
             module,
@@ -84,7 +88,6 @@ class Trainer:
             stage=config.train.zero_stage,
             micro_batch=config.train.micro_batch,
             accumulation=self.accumulation,
-            clip_norm=o.clip,
             dtype=precision,
             whole_modules=model.whole_modules(),
         )

@@ -8,6 +8,8 @@ parameter's flattened fp32 state, possibly empty:
                 start = 6 ----^  length 6
 
 so `gather` and `restore` need nothing but (start, views of that piece), and a checkpoint knows no stage or world size.
+One fp32 rank at stage 1 has nothing to shard: DeepSpeed then runs without ZeRO, the piece is the parameter itself, and
+no gradient or weight is copied in a step. Clipping is the optimizer's, at no pass of its own and without a wait.
 
 DeepSpeed chooses its accelerator when it is imported: import this file only when a run needs it.
 """
@@ -86,11 +88,11 @@ class ZeroEngine:
     """A module, an AdamWEMA and a ZeRO stage, trained together.
 
     module: on any device; DeepSpeed moves it, and broadcasts rank 0's parameters (not its buffers).
-    optimizer: over the module's trainable parameters. stage: 1, 2 or 3. micro_batch: images per rank and forward.
-    accumulation: micro-batches per step. clip_norm: bound on the global gradient norm, or None. dtype: of parameters
-    and activations; with "bf16" gradients are communicated and accumulated in the two dtypes given (one "fp32" run
-    has both in fp32). whole_modules: modules whose parameters stage 3 gathers and frees together, because their code
-    reads parameters of children that it does not call. overrides: more DeepSpeed options, merged last.
+    optimizer: over the module's trainable parameters; it clips. stage: 1, 2 or 3. micro_batch: images per rank and
+    forward. accumulation: micro-batches per step. dtype: of parameters and activations; with "bf16" gradients are
+    communicated and accumulated in the two dtypes given (an "fp32" run has both in fp32).
+    whole_modules: modules whose parameters stage 3 gathers and frees together, because their code reads parameters of
+    children that it does not call. overrides: more DeepSpeed options, merged last.
 
     Gradients are means over the global batch: give `backward` the mean loss of the micro-batch.
     Raises ValueError for a stage, dtype or size that does not exist.
@@ -104,7 +106,6 @@ class ZeroEngine:
         stage: int,
         micro_batch: int,
         accumulation: int = 1,
-        clip_norm: float | None = None,
         dtype: str = "fp32",
         communication_dtype: str = "fp32",
         accumulation_dtype: str = "fp32",
@@ -121,8 +122,6 @@ class ZeroEngine:
             )
         if micro_batch < 1 or accumulation < 1:
             raise ValueError(f"micro_batch and accumulation must be at least 1, got {micro_batch} and {accumulation}")
-        if clip_norm is not None and clip_norm <= 0.0:
-            raise ValueError(f"clip_norm must be positive, or None for no clipping, got {clip_norm}")
 
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._ema_keys = _ema_keys_by_name(self._parameters, optimizer)
@@ -131,7 +130,8 @@ class ZeroEngine:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.host_group = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
         numel = sum(p.numel() for p in self._parameters.values())
-        config = _config(stage, micro_batch, accumulation, self.world, clip_norm, dtypes, numel)
+        self._sharded = stage > 1 or self.world > 1 or dtype != "fp32"
+        config = _config(stage if self._sharded else 0, micro_batch, accumulation, self.world, dtypes, numel)
 
         if stage == 3:
             for whole in whole_modules:
@@ -146,7 +146,11 @@ class ZeroEngine:
         self._zero = self._engine.optimizer
         device = get_accelerator().current_device_name()
         optimizer.counters = optimizer.counters.to(device)
-        optimizer.grad_norm = lambda: self._zero._global_grad_norm
+        if self._sharded:
+            optimizer.grad_norm = lambda: self._zero._global_grad_norm
+        else:
+            # DeepSpeed would flatten the gradients, reduce them over one rank and copy them back
+            self._engine.enable_backward_allreduce = False
         self._norm = torch.zeros((), device=device)
         self._make_state()
         self._pieces = {name: self._piece(name, p) for name, p in self._parameters.items()}
@@ -187,8 +191,10 @@ class ZeroEngine:
         boundary = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
         if boundary:
-            self._norm = torch.as_tensor(self._zero._global_grad_norm, dtype=torch.float32, device=self._norm.device)
-            self.optimizer.end_step(self._norm)
+            norm = self._zero._global_grad_norm if self._sharded else self.optimizer.norm
+            self._norm = torch.as_tensor(norm, dtype=torch.float32, device=self._norm.device)
+            if self._sharded:
+                self.optimizer.end_step(self._norm)
         return boundary
 
     def set_lr(self, lr: float) -> None:
@@ -295,10 +301,14 @@ class ZeroEngine:
             for group in groups:
                 for flat in group["params"]:
                     self.optimizer.init_state(flat, group)
-            self._zero._lazy_init_hp_params_optimizer_state()
+            if self._sharded:
+                self._zero._lazy_init_hp_params_optimizer_state()
 
     def _piece(self, name: str, param: nn.Parameter) -> _Piece:
         keys = self.kinds(name)[1:]
+        if not self._sharded:
+            views = {MASTER: param} | {key: self.optimizer.state[param][key] for key in keys}
+            return _Piece(0, {kind: view.detach().view(-1) for kind, view in views.items()})
         if self.stage == 3:
             views = {MASTER: safe_get_local_fp32_param(param)}
             views |= {key: safe_get_local_optimizer_state(param, key) for key in keys}
@@ -339,7 +349,6 @@ def _config(
     micro_batch: int,
     accumulation: int,
     world: int,
-    clip_norm: float | None,
     dtypes: tuple[str, str, str],
     numel: int,
 ) -> dict[str, Any]:
@@ -350,7 +359,7 @@ def _config(
         "train_batch_size": micro_batch * accumulation * world,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": clip_norm or 0.0,
+        "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": stage,

@@ -94,6 +94,19 @@ def test_a_bad_gradient_is_as_if_it_had_not_been(bad):
         assert all(torch.equal(optimizer.state[a][key], expected.state[b][key]) for key in expected.state[b])
 
 
+def test_clipping_is_that_of_pytorch():
+    ours, theirs = parameters(), parameters()
+    grads = gradients([p.shape for p in ours])
+    run(AdamWEMA(groups(ours), lr=LR, betas=BETAS, eps=EPS, clip_norm=2.0), ours, grads)
+    reference = torch.optim.AdamW(groups(theirs), lr=LR, betas=BETAS, eps=EPS, foreach=False)
+    for step in grads:
+        for param, grad in zip(theirs, step, strict=True):
+            param.grad = grad.clone()
+        assert torch.nn.utils.clip_grad_norm_(theirs, 2.0) > 2.0, "or clipping is not tested"
+        reference.step()
+    assert all(relative_error(a, b.detach().double().numpy()) < 1e-6 for a, b in zip(ours, theirs, strict=True))
+
+
 def test_a_group_can_be_trained_and_not_averaged():
     averaged, projector = parameters()
     optimizer = AdamWEMA([{"params": [averaged]}, {"params": [projector], "ema": False}], ema_decays=DECAYS)
@@ -136,6 +149,7 @@ def test_counters_survive_a_checkpoint():
         (dict(betas=(0.9, 1.0)), r"param group 0: betas must be in \[0, 1\)"),
         (dict(lr=-1.0), "param group 0: lr must not be negative, got -1.0"),
         (dict(weight_decay=-0.1), "weight_decay must not be negative"),
+        (dict(clip_norm=0.0), "clip_norm must be positive, or None for no clipping, got 0.0"),
     ],
 )
 def test_values_out_of_range_are_refused(arguments, message):

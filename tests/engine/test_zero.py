@@ -112,7 +112,6 @@ def test_borrowed_weights_are_complete(worker, found, world, stage):
         (dict(dtype="fp16"), "each is one of"),
         (dict(communication_dtype="bf16"), "an fp32 run has all three in fp32"),
         (dict(micro_batch=0), "micro_batch and accumulation must be at least 1"),
-        (dict(clip_norm=0.0), "clip_norm must be positive"),
     ],
 )
 def test_values_that_do_not_exist_are_refused(worker, wrong, message):

@@ -54,7 +54,7 @@ def build(
     body = [p for name, p in model.named_parameters() if not name.startswith("projector") and p.requires_grad]
     groups = [{"params": body, "weight_decay": 0.1}, {"params": head, "ema": False}]
     return ZeroEngine(
-        model, AdamWEMA(groups, lr=LR, betas=(0.9, 0.95), ema_decays=DECAYS), stage=stage, clip_norm=CLIP,
+        model, AdamWEMA(groups, lr=LR, betas=(0.9, 0.95), ema_decays=DECAYS, clip_norm=CLIP), stage=stage,
         micro_batch=GLOBAL_BATCH // world // ACCUMULATION, accumulation=ACCUMULATION, overrides=overrides, **dtypes,
     )  # fmt: skip
 

@@ -1,4 +1,5 @@
 """Kernel tests run the Triton bodies: in Triton's interpreter where there is no GPU, on the GPU where there is one.
+A test that asks for the fixture `body` runs three times, on the reference, the compiled CPU body and the kernels.
 
 `gpu` tests run on a GPU only; those that watch the interpreter (fixture `addresses`) run where there is none.
 Every buffer that the operators allocate is filled with NaN first, so that an element which no program writes fails.
@@ -47,6 +48,30 @@ def device() -> str:
 @pytest.fixture(autouse=True)
 def triton_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIXELGEN_OPS", "triton")
+
+
+BODIES = ["reference", "triton"] if GPU else ["reference", "native", "triton"]
+
+
+def _choose(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    if name == "native":
+        assert library.has_native(), library.native_problem()
+    # a graph that was traced before holds another body
+    torch.compiler.reset()
+    monkeypatch.setenv("PIXELGEN_OPS", name)
+    return name
+
+
+@pytest.fixture(params=BODIES)
+def body(request: pytest.FixtureRequest, triton_bodies: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which body the operators run in this test."""
+    return _choose(request.param, monkeypatch)
+
+
+@pytest.fixture(params=BODIES[1:])
+def compiled_body(request: pytest.FixtureRequest, triton_bodies: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The same without the reference, for what the compiled bodies alone promise."""
+    return _choose(request.param, monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ import importlib
 import numpy as np
 import pytest
 import torch
+from pixelgen_kernels import library
 from torch import Tensor
 
 # the package gives its operators' names to their functions, so the module comes from the import system
@@ -12,14 +13,14 @@ op = importlib.import_module("pixelgen_kernels.adamw_ema")
 
 HYPER = dict(lr=3e-3, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1)
 DECAYS = [0.5, 0.999]
-BODIES = ["reference", "fused", "triton"]
+BODIES = ["reference", "fused", "native", "triton"]
 DTYPES = {"f64": (torch.float64, 1e-14), "f32": (torch.float32, 3e-7)}
 
 
 @pytest.fixture
 def body(request, monkeypatch):
-    """reference: the formulas; fused: PyTorch's own kernel; triton: ours."""
-    monkeypatch.setenv("PIXELGEN_OPS", "triton" if request.param == "triton" else "reference")
+    """reference: the formulas; fused: PyTorch's own kernel; native: csrc; triton: ours."""
+    monkeypatch.setenv("PIXELGEN_OPS", request.param if request.param in ("native", "triton") else "reference")
     return op.reference if request.param == "reference" else op.adamw_ema
 
 
@@ -53,7 +54,7 @@ def assert_matches(x: dict[str, Tensor], expected: dict[str, np.ndarray], tolera
 
 @pytest.mark.parametrize(
     ("body", "precision"),
-    [(body, precision) for body in BODIES for precision in DTYPES if (body, precision) != ("triton", "f64")],
+    [(body, precision) for body in BODIES for precision in DTYPES if body in BODIES[:2] or precision == "f32"],
     indirect=["body"],
 )
 @pytest.mark.parametrize("size", [1, 63, 1021, 1025])
@@ -68,7 +69,49 @@ def test_follows_the_formulas(body, precision, size, on_device, device):
     assert torch.equal(x["grad"], grad)
 
 
-@pytest.mark.parametrize("body", ["triton"], indirect=True)
+@pytest.mark.parametrize("body", BODIES, indirect=True)
+@pytest.mark.parametrize("on_device", [False, True], ids=["number", "tensor"])
+def test_grad_scale_scales_the_gradient(body, on_device, device):
+    x = shard(129, torch.float32, device)
+    grad, expected = x["grad"].clone(), by_hand(x | {"grad": x["grad"].double() * 0.3}, 7)
+    update(body, x, grad_scale=torch.tensor(0.3, device=device) if on_device else 0.3)
+    assert_matches(x, expected, 3e-7)
+    assert torch.equal(x["grad"], grad)
+
+
+@pytest.mark.parametrize("body", BODIES[1:], indirect=True)
+def test_a_list_is_updated_as_its_tensors_one_by_one(body, device):
+    """Sizes on both sides of the native body's pieces of 16384; bitwise, as nothing is summed."""
+    sizes = (1, 515, 16384, 16385, 40001) if library.body(torch.zeros(1)) == "native" else (1, 515, 700)
+    shards, alone = ([shard(size, torch.float32, device) for size in sizes] for _ in range(2))
+    names = ("param", "grad", "exp_avg", "exp_avg_sq")
+    lists = [[x[name] for x in shards] for name in names]
+    emas = [[x[name] for x in shards] for name in ("ema_a", "ema_b")]
+    op.adamw_ema_foreach(*lists, emas, **HYPER, step=7, ema_decays=DECAYS, grad_scale=0.5)
+    for x, y in zip(shards, alone, strict=True):
+        update(op.adamw_ema, y, grad_scale=0.5)
+        assert all(torch.equal(x[name], y[name]) for name in x)
+
+
+@pytest.mark.parametrize("body", BODIES[1:], indirect=True)
+def test_total_norm(body, device):
+    tensors = [torch.randn(size, device=device) for size in (1, 1023, 16385, 0)]
+    expected = float(torch.cat(tensors).double().norm())
+    assert float(op.total_norm(tensors)) == pytest.approx(expected, rel=1e-6)
+    tensors[2][77] = float("nan")
+    assert not torch.isfinite(op.total_norm(tensors))
+
+
+def test_lists_that_do_not_fit_are_refused(monkeypatch):
+    monkeypatch.setenv("PIXELGEN_OPS", "native")
+    x = torch.zeros(4)
+    with pytest.raises(ValueError, match=r"lists of \[2, 1, 2, 2\] tensors for 0 decays"):
+        op.adamw_ema_foreach([x, x], [x], [x, x], [x, x], [], **HYPER, step=1, ema_decays=[])
+    with pytest.raises(ValueError, match=r"contiguous float32 of one shape, got .*torch.float64 \[4\]"):
+        op.adamw_ema_foreach([x], [x.double()], [x], [x], [], **HYPER, step=1, ema_decays=[])
+
+
+@pytest.mark.parametrize("body", ["native", "triton"], indirect=True)
 @pytest.mark.parametrize("step", [1, 2, 10, 400, 5000, 10**6])
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.99), (0.999, 0.9999)])
 def test_corrections_keep_their_digits_at_any_step(body, step, betas, device):
@@ -89,7 +132,7 @@ def test_every_configuration_and_number_of_averages(config, emas, device):
     p = by_hand(x, 7)["param"]
     op.launch_update(
         x["param"], x["grad"], x["exp_avg"], x["exp_avg_sq"], averages, decays, torch.tensor(7.0, device=device),
-        torch.tensor(False, device=device), None, 3e-3, 0.9, 0.95, 1e-8, 0.1, config,
+        torch.tensor(False, device=device), torch.tensor(1.0, device=device), None, 3e-3, 0.9, 0.95, 1e-8, 0.1, config,
     )  # fmt: skip
     for i, (now, then) in enumerate(zip(averages, start, strict=True)):
         assert_matches({"ema": now}, {"ema": then + 0.1**i * (p - then)}, 3e-7)
@@ -155,9 +198,9 @@ def test_registration(device):
     x = shard(40, torch.float32, device)
     decays = [torch.tensor(d, device=device) for d in DECAYS]
     out = torch.zeros(40, dtype=torch.bfloat16, device=device)
-    scalars = (torch.tensor(3.0, device=device), torch.tensor(False, device=device))
+    scalars = (torch.tensor(3.0, device=device), torch.tensor(False, device=device), torch.tensor(0.5, device=device))
     tensors = (x["param"], x["grad"], x["exp_avg"], x["exp_avg_sq"], [x["ema_a"], x["ema_b"]], decays, *scalars)
-    torch.library.opcheck(torch.ops.pixelgen.adamw_ema, (*tensors, out, 3e-3, 0.9, 0.95, 1e-8, 0.1))
+    torch.library.opcheck(library.kernels.adamw_ema, (*tensors, out, 3e-3, 0.9, 0.95, 1e-8, 0.1))
 
 
 def test_offsets_past_two_to_the_31(addresses):

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from pixelgen_kernels import attention as public
+from pixelgen_kernels import library
 from torch.utils.flop_counter import FlopCounterMode
 
 module = sys.modules["pixelgen_kernels.attention"]
@@ -133,8 +134,8 @@ def install(monkeypatch):
         forget()
         for name in [n for n in sys.modules if n.split(".")[0] in ("flash_attn", "flash_attn_interface", "xformers")]:
             monkeypatch.delitem(sys.modules, name)
-        for library in names:
-            for name, content in MODULES[library]().items():
+        for package in names:
+            for name, content in MODULES[package]().items():
                 stand_in = types.ModuleType(name)
                 vars(stand_in).update(content)
                 monkeypatch.setitem(sys.modules, name, stand_in)
@@ -246,8 +247,8 @@ def test_registration(install):
     q, k, v = tensors.values()
     out, lse = softmax_attention(q, k, v)
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    torch.library.opcheck(torch.ops.pixelgen.attention, (*leaves, name))
-    torch.library.opcheck(torch.ops.pixelgen.attention_backward, (dout, q, k, v, out, lse, name))
+    torch.library.opcheck(library.kernels.attention, (*leaves, name))
+    torch.library.opcheck(library.kernels.attention_backward, (dout, q, k, v, out, lse, name))
 
 
 @pytest.mark.parametrize("name", ["flash-attn 3", None])

@@ -48,11 +48,11 @@ def compare(shape, gradients, assert_close, device, dtype=torch.float32, rels=(1
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_loss_and_gradients(shape, device, gradients, assert_close):
+def test_loss_and_gradients(body, shape, device, gradients, assert_close):
     compare(shape, gradients, assert_close, device)
 
 
-def test_the_definition_in_numpy(device):
+def test_the_definition_in_numpy(body, device):
     learned, given, _ = inputs(2, 3, 4, 16, device)
     x, norm, w, b, target, weight = (t.double().cpu().numpy() for t in (learned | given).values())
     n = x / np.sqrt((x**2).mean(-1, keepdims=True) + EPS) * norm
@@ -60,7 +60,7 @@ def test_the_definition_in_numpy(device):
     np.testing.assert_allclose(public(**learned, **given).cpu().numpy(), weight * error.mean(1), rtol=1e-5)
 
 
-def test_no_image_at_all(device, gradients):
+def test_no_image_at_all(body, device, gradients):
     learned, given, dloss = inputs(0, 4, 16, 16, device)
     (loss,), grads = gradients(lambda **k: public(**k, **given), learned, [dloss])
     assert loss.shape == (0,)
@@ -81,11 +81,11 @@ def test_every_configuration_agrees_and_repeats(config, device, assert_close):
 def test_registration(device):
     learned, given, dloss = inputs(2, 1, 4, 16, device)
     arguments = (*(t.requires_grad_() for t in learned.values()), *given.values())
-    torch.library.opcheck(torch.ops.pixelgen.flow_loss, (*arguments, EPS))
-    torch.library.opcheck(torch.ops.pixelgen.flow_loss_backward, (dloss, *(t.detach() for t in arguments), EPS))
+    torch.library.opcheck(library.kernels.flow_loss, (*arguments, EPS))
+    torch.library.opcheck(library.kernels.flow_loss_backward, (dloss, *(t.detach() for t in arguments), EPS))
 
 
-def test_flops_are_those_of_the_reference(device, gradients):
+def test_flops_are_those_of_the_reference(body, device, gradients):
     counts = []
     learned, given, dloss = inputs(2, 1, 4, 16, device)
     for function in (public, lambda **k: reference(**k, eps=EPS)):
@@ -95,7 +95,7 @@ def test_flops_are_those_of_the_reference(device, gradients):
     assert counts[0] == counts[1] == 6 * 2 * 4 * 16 * 3
 
 
-def test_compiles_to_one_graph(device, gradients):
+def test_compiles_to_one_graph(body, device, gradients):
     learned, given, dloss = inputs(2, 1, 4, 16, device)
     compiled = torch.compile(public, fullgraph=True, backend="aot_eager")
     (loss,), grads = gradients(lambda **k: public(**k, **given), learned, [dloss])
@@ -104,7 +104,7 @@ def test_compiles_to_one_graph(device, gradients):
     assert all(torch.equal(grads[name], grads_compiled[name]) for name in grads)
 
 
-def test_gradient_may_be_a_broadcast(device, gradients, assert_close):
+def test_gradient_may_be_a_broadcast(body, device, gradients, assert_close):
     learned, given, _ = inputs(2, 1, 4, 16, device)
     for function in (torch.mean, torch.sum):
         found = []

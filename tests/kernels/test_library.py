@@ -10,13 +10,15 @@ CPU, META = torch.zeros(1), torch.zeros(1, device="meta")
 
 def test_body_follows_the_device(monkeypatch):
     monkeypatch.delenv(library.VARIABLE)
+    monkeypatch.setattr(library, "native_problem", lambda: "csrc is not compiled")
     monkeypatch.setattr(library, "has_native", lambda: False)
     assert library.body(CPU) == library.body(META) == "reference"
+    assert library.describe_bodies("cpu") == "operators: reference (csrc is not compiled)"
     assert library.choose_body("cuda") == ("triton", "CUDA device")
     monkeypatch.setattr(library, "has_native", lambda: True)
     assert library.body(CPU) == "native"
-    assert library.body(META) == "reference"
-    assert library.describe_bodies("cpu") == "operators: native (CPU, compiled extension found)"
+    assert library.body(META) == library.body(CPU.double()) == "reference"
+    assert library.describe_bodies("cpu") == "operators: native (CPU, csrc compiled)"
 
 
 @pytest.mark.parametrize("name", ["reference", "native", "triton"])
@@ -33,11 +35,12 @@ def test_body_can_be_forced(name, monkeypatch):
     [
         ("cuda", "cpu", "'cuda' names no body; use one of reference, native, triton, or unset it"),
         ("native", "cuda", "native runs on CPU tensors only"),
-        ("native", "cpu", r"native needs the compiled pixelgen_kernels\._native"),
+        ("native", "cpu", "native cannot run: no compiler; or unset PIXELGEN_OPS"),
         ("triton", "cpu", "triton on a CPU tensor needs TRITON_INTERPRET=1 .* or unset PIXELGEN_OPS"),
     ],
 )
 def test_a_body_that_cannot_run_is_refused(forced, device, message, monkeypatch):
+    monkeypatch.setattr(library, "native_problem", lambda: "no compiler")
     monkeypatch.setattr(library, "has_native", lambda: False)
     monkeypatch.setattr(library, "INTERPRETED", False)
     monkeypatch.setenv(library.VARIABLE, forced)
@@ -53,9 +56,9 @@ def test_operator_registers_shapes_and_flops():
     def product(x: torch.Tensor, n: int) -> torch.Tensor:
         return x @ x.new_ones(x.shape[1], n)
 
-    assert torch.equal(torch.ops.pixelgen.test_product(torch.ones(3, 5), 7), torch.full((3, 7), 5.0))
+    assert torch.equal(library.kernels.test_product(torch.ones(3, 5), 7), torch.full((3, 7), 5.0))
     with FlopCounterMode(display=False) as counter:
-        assert torch.ops.pixelgen.test_product(torch.ones(3, 5, device="meta"), 7).shape == (3, 7)
+        assert library.kernels.test_product(torch.ones(3, 5, device="meta"), 7).shape == (3, 7)
     assert counter.get_total_flops() == 2 * 3 * 5 * 7
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import triton.language as tl
 from einops import rearrange
+from pixelgen_kernels import library, philox
 from pixelgen_kernels import patch_projection as inference
-from pixelgen_kernels import philox
 from pixelgen_kernels.patch_projection import (
     CONFIGS,
     launch_backward,
@@ -52,7 +52,7 @@ def run(function, given, patch, dtokens, gradients, dtype=None):
 
 @pytest.mark.parametrize("planar", [False, True], ids=["uint8", "float"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_outputs_and_gradients(shape, planar, device, gradients, assert_close):
+def test_outputs_and_gradients(body, shape, planar, device, gradients, assert_close):
     given, dtokens = inputs(*shape, device, planar)
     outputs, grads = run(public, given, shape[3], dtokens, gradients)
     assert [x.dtype for x in outputs] == [torch.float32] * 3
@@ -65,7 +65,7 @@ def test_outputs_and_gradients(shape, planar, device, gradients, assert_close):
 
 
 @pytest.mark.parametrize("seed", [SEED, 1, -3, 2**64 - 3])
-def test_the_noise_is_philox_of_seed_and_image_number(seed, device):
+def test_the_noise_is_philox_of_seed_and_image_number(body, seed, device):
     """Where x = 0 the target is -e, number by number, and z is (1-t) e."""
     given, _ = inputs(3, 8, 16, 8, 8, device, planar=True)
     given["image"].zero_()
@@ -76,7 +76,7 @@ def test_the_noise_is_philox_of_seed_and_image_number(seed, device):
     assert (pixels - (1 - given["t"])[:, None, None, None] * e).abs().max() < 5e-6
 
 
-def test_data_at_time_one_is_the_inference_projection(device, assert_close):
+def test_data_at_time_one_is_the_inference_projection(body, device, assert_close):
     """At t = 1 there is no noise in z: tokens and pixels are those of x / 127.5 - 1 and of the plain projection."""
     given, _ = inputs(2, 16, 32, 16, 24, device)
     given["t"] = torch.ones(2, device=device)
@@ -87,7 +87,7 @@ def test_data_at_time_one_is_the_inference_projection(device, assert_close):
     assert_close("pixels", pixels, pixels_ref, 1e-6)
 
 
-def test_an_image_is_the_same_alone_and_in_a_batch(device, assert_close):
+def test_an_image_is_the_same_alone_and_in_a_batch(body, device, assert_close):
     """Noised pixels and target bit for bit; a product may round otherwise where its rows lie otherwise in a block."""
     given, _ = inputs(3, 16, 16, 8, 24, device)
     batch = public(**given, patch=8, seed=SEED)
@@ -117,14 +117,14 @@ def test_only_tokens_carry_a_gradient(device):
     assert tokens.requires_grad and not pixels.requires_grad and not target.requires_grad
 
 
-def test_bias_of_another_type(device, gradients):
+def test_bias_of_another_type(compiled_body, device, gradients):
     given, dtokens = inputs(2, 8, 8, 4, 24, device)
     given["bias"] = given["bias"].bfloat16()
     _, grads = run(public, given, 4, dtokens, gradients)
     assert grads["weight"].dtype == torch.float32 and grads["bias"].dtype == torch.bfloat16
 
 
-def test_no_image(device, gradients):
+def test_no_image(body, device, gradients):
     given, dtokens = inputs(0, 8, 8, 8, 16, device)
     outputs, grads = run(public, given, 8, dtokens, gradients)
     assert [list(x.shape) for x in outputs] == [[0, 1, 16], [0, 1, 64, 3], [0, 1, 64, 3]]
@@ -135,13 +135,13 @@ def test_registration(device):
     given, dtokens = inputs(2, 8, 8, 4, 24, device)
     features = torch.randn(2, 4, 48, device=device)
     torch.library.opcheck(
-        torch.ops.pixelgen.patch_projection_backward, (dtokens, features, given["weight"], given["bias"])
+        library.kernels.patch_projection_backward, (dtokens, features, given["weight"], given["bias"])
     )
     given["weight"].requires_grad_(), given["bias"].requires_grad_()
-    torch.library.opcheck(torch.ops.pixelgen.patch_projection, (*given.values(), 4, 5, SCALE))
+    torch.library.opcheck(library.kernels.patch_projection, (*given.values(), 4, 5, SCALE))
 
 
-def test_counts_the_products_of_its_definition(device):
+def test_counts_the_products_of_its_definition(body, device):
     given, dtokens = inputs(2, 8, 8, 4, 24, device)
     counts = []
     for function in (public, noised_patch_projection_reference):
@@ -152,7 +152,7 @@ def test_counts_the_products_of_its_definition(device):
     assert counts[0] == counts[1] == 2 * 2 * (2 * 4) * 24 * 48
 
 
-def test_compiles_to_one_graph(device, gradients):
+def test_compiles_to_one_graph(body, device, gradients):
     given, dtokens = inputs(2, 8, 8, 4, 24, device)
     outputs, grads = run(public, given, 4, dtokens, gradients)
     compiled = torch.compile(public, fullgraph=True, backend="aot_eager")

@@ -40,7 +40,7 @@ def test_known_answers_of_random123(name):
 
 
 @pytest.mark.parametrize("count", [1, 4, 11])
-def test_words_are_counted_by_element_image_and_stream(count):
+def test_words_are_counted_by_element_image_and_stream(count, body):
     """Word i of image n is word i % 4 of the block (i // 4, n low, n high, stream), also past 2^32 images."""
     numbers = [0, 1, 2**32 - 1, 2**32, 5 * 2**40 + 17]
     words = philox.words(SEED, torch.tensor(numbers), philox.FLIP, count)
@@ -55,7 +55,7 @@ def test_words_are_counted_by_element_image_and_stream(count):
     assert words.tolist() == expected
 
 
-def test_the_whole_seed_counts():
+def test_the_whole_seed_counts(body):
     """Both halves of a 64-bit seed reach the key, and a negative seed is its two's complement."""
     numbers = torch.arange(3)
     draws = [philox.words(seed, numbers, philox.NOISE, 8) for seed in (1, 1 + 2**32, 2, -1)]

@@ -46,7 +46,7 @@ def call(function, tables, heads, **options):
 
 @pytest.mark.parametrize("modulated", [True, False])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_and_gradients(shape, modulated, device, gradients, assert_close):
+def test_output_and_gradients(body, shape, modulated, device, gradients, assert_close):
     given, tables, de = inputs(*shape, device)
     if not modulated:
         del given["modulation"]
@@ -60,7 +60,7 @@ def test_output_and_gradients(shape, modulated, device, gradients, assert_close)
                 assert_close(f"d{name}", grads[name], refs[name])
 
 
-def test_recomputing_gives_the_same_bits(device, gradients):
+def test_recomputing_gives_the_same_bits(body, device, gradients):
     given, tables, de = inputs(*SHAPES[1], device)
     (e,), grads = gradients(call(public, tables, 4), given, [de])
     (again,), regrads = gradients(call(public, tables, 4, save="recompute"), given, [de])
@@ -102,7 +102,7 @@ def test_saved_bytes(save, monkeypatch):
 
 
 @pytest.mark.parametrize("save", ["store", "recompute"])
-def test_compiles_to_one_graph(save, device, gradients):
+def test_compiles_to_one_graph(body, save, device, gradients):
     given, tables, de = inputs(*SHAPES[1], device)
     function = call(public, tables, 4, save=save)
     (e,), grads = gradients(function, given, [de])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import triton.language as tl
+from pixelgen_kernels import library
 from pixelgen_kernels import pixel_mlp as public
 from pixelgen_kernels.pixel_mlp import CONFIGS, launch_backward, launch_forward, pixel_mlp_bwd_kernel
 from pixelgen_kernels.pixel_mlp import pixel_mlp_fwd_kernel as fwd_kernel
@@ -44,17 +45,17 @@ def compare(shape, post, gelu, device, gradients, assert_close, dtype=torch.floa
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_and_gradients(shape, device, gradients, assert_close):
+def test_output_and_gradients(body, shape, device, gradients, assert_close):
     compare(shape, False, "none", device, gradients, assert_close)
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp2")
 @pytest.mark.parametrize(("post", "gelu"), VARIANTS[1:])
-def test_variants(post, gelu, device, gradients, assert_close):
+def test_variants(body, post, gelu, device, gradients, assert_close):
     compare((5, 36, 16, 64), post, gelu, device, gradients, assert_close)
 
 
-def test_no_pixel_at_all(device, gradients):
+def test_no_pixel_at_all(body, device, gradients):
     given, dy = inputs(0, 16, 16, 64, device)
     (y,), grads = gradients(public, given, [dy])
     assert y.shape == (0, 16, 16)
@@ -73,7 +74,7 @@ def test_every_configuration_agrees_and_repeats(config, device, assert_close):
         assert_close(name, a, b, 1e-6)
 
 
-def test_large_hidden_values_saturate(device, assert_close):
+def test_large_hidden_values_saturate(body, device, assert_close):
     """A hidden layer of +-1e4: the exact GELU is the identity or 0 there, and so is its derivative 1 or 0."""
     given, dy = inputs(1, 4, 16, 64, device)
     given["b1"] = 1e4 * given["b1"].sign()
@@ -85,12 +86,12 @@ def test_large_hidden_values_saturate(device, assert_close):
 def test_registration(device):
     given, dy = inputs(2, 4, 16, 64, device)
     arguments = tuple(t.requires_grad_() for t in given.values())
-    torch.library.opcheck(torch.ops.pixelgen.pixel_mlp, (*arguments, False, "none", EPS))
+    torch.library.opcheck(library.kernels.pixel_mlp, (*arguments, False, "none", EPS))
     detached = tuple(t.detach() for t in arguments)
-    torch.library.opcheck(torch.ops.pixelgen.pixel_mlp_backward, (dy, *detached, True, "tanh", EPS))
+    torch.library.opcheck(library.kernels.pixel_mlp_backward, (dy, *detached, True, "tanh", EPS))
 
 
-def test_flops_are_those_of_the_reference(device, gradients):
+def test_flops_are_those_of_the_reference(body, device, gradients):
     """Forward and backward count the matrix products of the definition; recomputation is not counted."""
     counts = []
     given, dy = inputs(2, 4, 16, 64, device)
@@ -101,7 +102,7 @@ def test_flops_are_those_of_the_reference(device, gradients):
     assert counts[0] == counts[1] == 12 * 2 * 4 * 16 * 64
 
 
-def test_compiles_to_one_graph(device, gradients):
+def test_compiles_to_one_graph(body, device, gradients):
     given, dy = inputs(2, 4, 16, 64, device)
     compiled = torch.compile(public, fullgraph=True, backend="aot_eager")
     (y,), grads = gradients(public, given, [dy])

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pixelgen_kernels import library
 from pixelgen_kernels import pixel_modulate as public
 from pixelgen_kernels.pixel_modulate import CONFIGS, launch_backward, launch_forward, pixel_modulate_bwd_kernel
 from pixelgen_kernels.pixel_modulate import pixel_modulate_fwd_kernel as fwd_kernel
@@ -36,11 +37,11 @@ def compare(shape, modulated, device, gradients, assert_close):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_output_and_gradients(shape, device, gradients, assert_close):
+def test_output_and_gradients(body, shape, device, gradients, assert_close):
     compare(shape, True, device, gradients, assert_close)
 
 
-def test_without_modulation(device, gradients, assert_close):
+def test_without_modulation(body, device, gradients, assert_close):
     compare((3, 64, 16), False, device, gradients, assert_close)
 
 
@@ -55,7 +56,7 @@ def test_every_configuration_agrees_and_repeats(config, device, assert_close):
         assert_close(name, a, b, 1e-6)
 
 
-def test_streams_may_differ_in_type(device, gradients, assert_close):
+def test_streams_may_differ_in_type(body, device, gradients, assert_close):
     """A float32 pixel stream between bfloat16 modulation: each output has the type of what it belongs to."""
     given, dy = inputs(2, 16, 16, device)
     given["modulation"] = given["modulation"].bfloat16()
@@ -71,12 +72,12 @@ def test_streams_may_differ_in_type(device, gradients, assert_close):
 def test_registration(device):
     given, dy = inputs(2, 4, 16, device)
     arguments = tuple(t.requires_grad_() for t in given.values())
-    torch.library.opcheck(torch.ops.pixelgen.pixel_modulate, (*arguments, EPS))
-    torch.library.opcheck(torch.ops.pixelgen.pixel_modulate, (*arguments[:2], None, EPS))
-    torch.library.opcheck(torch.ops.pixelgen.pixel_modulate_backward, (dy, *(t.detach() for t in arguments), EPS))
+    torch.library.opcheck(library.kernels.pixel_modulate, (*arguments, EPS))
+    torch.library.opcheck(library.kernels.pixel_modulate, (*arguments[:2], None, EPS))
+    torch.library.opcheck(library.kernels.pixel_modulate_backward, (dy, *(t.detach() for t in arguments), EPS))
 
 
-def test_compiles_to_one_graph(device, gradients):
+def test_compiles_to_one_graph(body, device, gradients):
     given, dy = inputs(2, 4, 16, device)
     compiled = torch.compile(public, fullgraph=True, backend="aot_eager")
     (y,), grads = gradients(public, given, [dy])
@@ -85,7 +86,7 @@ def test_compiles_to_one_graph(device, gradients):
     assert all(torch.equal(grads[name], grads_compiled[name]) for name in grads)
 
 
-def test_gradient_may_be_a_broadcast(device, gradients, assert_close):
+def test_gradient_may_be_a_broadcast(body, device, gradients, assert_close):
     given, _ = inputs(2, 4, 16, device)
     broadcast = torch.ones((), device=device).expand(2, 4, 16)
     _, grads = gradients(public, given, [broadcast])

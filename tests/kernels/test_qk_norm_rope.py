@@ -43,7 +43,7 @@ def by_complex_numbers(qkv, q_weight, k_weight, cos, sin, heads):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_outputs_and_gradients(shape, device, gradients, assert_close):
+def test_outputs_and_gradients(body, shape, device, gradients, assert_close):
     tensors, tables, cotangents = inputs(*shape, device)
     outputs, grads = gradients(public, tensors, cotangents, **tables)
     for rel, function, options in (
@@ -57,7 +57,7 @@ def test_outputs_and_gradients(shape, device, gradients, assert_close):
             assert_close(f"d{name}", grads[name], ref, rel)
 
 
-def test_v_is_a_view_and_unused_outputs_have_no_gradient(device, gradients):
+def test_v_is_a_view_and_unused_outputs_have_no_gradient(compiled_body, device, gradients):
     tensors, tables, (_, dk, _) = inputs(2, 3, 3, 24, device)
     v = public(**tensors, **tables)[2]
     assert v.data_ptr() == tensors["qkv"].data_ptr() + 2 * 3 * 24 * v.element_size()
@@ -79,7 +79,7 @@ def test_every_configuration(config, device, assert_close):
         assert_close(name, out, ref, 1e-6)
 
 
-def test_backward_repeats_its_bits(device, gradients):
+def test_backward_repeats_its_bits(body, device, gradients):
     tensors, tables, cotangents = inputs(1, 87, 3, 8, device)
     once, twice = (gradients(public, tensors, cotangents, **tables)[1] for _ in range(2))
     for name, grad in once.items():
@@ -89,11 +89,11 @@ def test_backward_repeats_its_bits(device, gradients):
 def test_registration(device):
     tensors, tables, grads = inputs(2, 3, 3, 8, device)
     cos, sin, heads = tables.values()
-    torch.library.opcheck(torch.ops.pixelgen.qk_norm_rope, (*tensors.values(), cos, sin, heads, 1e-6))
-    torch.library.opcheck(torch.ops.pixelgen.qk_norm_rope_backward, (*grads, *tensors.values(), cos, sin, 1e-6))
+    torch.library.opcheck(library.kernels.qk_norm_rope, (*tensors.values(), cos, sin, heads, 1e-6))
+    torch.library.opcheck(library.kernels.qk_norm_rope_backward, (*grads, *tensors.values(), cos, sin, 1e-6))
 
 
-def test_compiles_to_one_graph(device, gradients):
+def test_compiles_to_one_graph(body, device, gradients):
     tensors, tables, cotangents = inputs(2, 3, 3, 8, device)
 
     def layer(qkv, **rest):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pixelgen_kernels import library
 from pixelgen_kernels import swiglu as public
 from pixelgen_kernels.swiglu import CONFIGS, launch_backward, launch_forward, swiglu_bwd_kernel, swiglu_fwd_kernel
 from pixelgen_kernels.swiglu import swiglu_reference as reference
@@ -17,7 +18,7 @@ def inputs(lead, width, device, dtype=torch.float32):
 
 
 @pytest.mark.parametrize(("lead", "width"), SHAPES, ids=str)
-def test_output_and_gradient(lead, width, device, gradients, assert_close):
+def test_output_and_gradient(body, lead, width, device, gradients, assert_close):
     packed, dy = inputs(lead, width, device)
     (y,), grads = gradients(public, {"packed": packed}, [dy])
     for rel, dtype in ((1e-5, torch.float32), (1e-6, torch.float64)):
@@ -36,7 +37,7 @@ def test_every_configuration_gives_the_same_bits(config, device):
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")
-def test_large_inputs_saturate(device):
+def test_large_inputs_saturate(body, device):
     packed = torch.tensor([[-1e4, 1e4, 2.0, 2.0]], device=device)
     assert public(packed).tolist() == [[0.0, 2e4]]
     assert launch_backward(torch.ones(1, 2, device=device), packed)[0].tolist() == [[0.0, 2.0, 0.0, 1e4]]
@@ -44,11 +45,11 @@ def test_large_inputs_saturate(device):
 
 def test_registration(device):
     packed, dy = inputs((2, 3), 8, device)
-    torch.library.opcheck(torch.ops.pixelgen.swiglu, (packed.requires_grad_(),))
-    torch.library.opcheck(torch.ops.pixelgen.swiglu_backward, (dy, packed.detach()))
+    torch.library.opcheck(library.kernels.swiglu, (packed.requires_grad_(),))
+    torch.library.opcheck(library.kernels.swiglu_backward, (dy, packed.detach()))
 
 
-def test_compiles_to_one_graph(device):
+def test_compiles_to_one_graph(body, device):
     packed, dy = inputs((2, 3), 8, device)
     compiled = torch.compile(public, fullgraph=True, backend="aot_eager")
     results = []
@@ -60,7 +61,7 @@ def test_compiles_to_one_graph(device):
     assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
 
 
-def test_gradient_may_be_a_broadcast(device):
+def test_gradient_may_be_a_broadcast(body, device):
     packed, _ = inputs((2, 3), 8, device)
     grads = []
     for function in (public, reference):

@@ -12,7 +12,7 @@ def definition(packed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("rows", "hidden", "width"), [((1,), 1, 1), ((2, 3), 24, 8), ((5, 7), 33, 10)])
-def test_output_and_gradients(gradients, assert_close, rows, hidden, width) -> None:
+def test_output_and_gradients(body, gradients, assert_close, rows, hidden, width) -> None:
     inputs = {"packed": torch.randn(*rows, 2 * hidden), "weight": torch.randn(width, hidden)}
     cotangent = torch.randn(*rows, width)
     (out,), found = gradients(swiglu_linear, inputs, [cotangent])

@@ -1,0 +1,70 @@
+"""What a measured figure is worth nothing without: the machine, the versions, the commit; and where rows are kept."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine(device: str = "cpu") -> dict[str, str]:
+    """Date, processor or GPU with its threads, system, versions, commit."""
+    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{name}, {torch.get_num_threads()} threads" if device == "cpu" else name,
+        "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
+        "triton": triton.__version__, "commit": commit.stdout.strip() or "unknown",
+    }  # fmt: skip
+
+
+def append(file: Path, row: dict[str, Any]) -> None:
+    """Add one row to a JSONL file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as out:
+        out.write(json.dumps(row) + "\n")
+
+
+def seconds(call: Callable[[], Any]) -> float:
+    """Wall-clock seconds of one call on the host."""
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def spread(values: Iterable[float]) -> tuple[float, float, float]:
+    """(20th percentile, median, 80th percentile)."""
+    values = sorted(values)
+    fifths = statistics.quantiles(values, n=5, method="inclusive") if len(values) > 1 else [values[0]] * 4
+    return fifths[0], statistics.median(values), fifths[3]
+
+
+class MatrixPeak:
+    """The best fp32 matrix product of size^3 on this machine so far; measured again between the things it judges."""
+
+    def __init__(self, size: int = 2048) -> None:
+        self.a, self.b, self.size, self.best = torch.randn(size, size), torch.randn(size, size), size, float("inf")
+
+    def measure(self, repeats: int = 1) -> float:
+        """FLOP/s of the best product, after `repeats` more."""
+        for _ in range(repeats):
+            self.best = min(self.best, seconds(lambda: self.a @ self.b))
+        return 2 * self.size**3 / self.best
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), platform.processor())
