@@ -149,7 +149,10 @@ TORCH_LIBRARY_IMPL(pixelgen_native, CPU, m) {
   m.impl("attention", attention);
   m.impl("attention_backward", attention_backward);
 }
-TORCH_LIBRARY_IMPL(pixelgen_native, AutogradCPU, m) { m.impl("attention", attention_autograd); }
+TORCH_LIBRARY_IMPL(pixelgen_native, AutogradCPU, m) {
+  m.impl("attention", attention_autograd);
+  m.impl("attention_backward", torch::autograd::autogradNotImplementedFallback());
+}
 
 }  // namespace
 }  // namespace pixelgen

@@ -172,7 +172,10 @@ TORCH_LIBRARY_IMPL(pixelgen, CPU, m) {
   m.impl("flow_loss", flow_loss);
   m.impl("flow_loss_backward", flow_loss_backward);
 }
-TORCH_LIBRARY_IMPL(pixelgen, AutogradCPU, m) { m.impl("flow_loss", flow_loss_autograd); }
+TORCH_LIBRARY_IMPL(pixelgen, AutogradCPU, m) {
+  m.impl("flow_loss", flow_loss_autograd);
+  m.impl("flow_loss_backward", torch::autograd::autogradNotImplementedFallback());
+}
 
 }  // namespace
 }  // namespace pixelgen

@@ -180,7 +180,10 @@ TORCH_LIBRARY_IMPL(pixelgen, CPU, m) {
   m.impl("norm_modulate", norm_modulate);
   m.impl("norm_modulate_backward", norm_modulate_backward);
 }
-TORCH_LIBRARY_IMPL(pixelgen, AutogradCPU, m) { m.impl("norm_modulate", norm_modulate_autograd); }
+TORCH_LIBRARY_IMPL(pixelgen, AutogradCPU, m) {
+  m.impl("norm_modulate", norm_modulate_autograd);
+  m.impl("norm_modulate_backward", torch::autograd::autogradNotImplementedFallback());
+}
 
 }  // namespace
 }  // namespace pixelgen

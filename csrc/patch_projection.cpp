@@ -145,7 +145,10 @@ TORCH_LIBRARY_IMPL(pixelgen, CPU, m) {
   m.impl("patch_projection", patch_projection);
   m.impl("patch_projection_backward", patch_projection_backward);
 }
-TORCH_LIBRARY_IMPL(pixelgen, AutogradCPU, m) { m.impl("patch_projection", patch_projection_autograd); }
+TORCH_LIBRARY_IMPL(pixelgen, AutogradCPU, m) {
+  m.impl("patch_projection", patch_projection_autograd);
+  m.impl("patch_projection_backward", torch::autograd::autogradNotImplementedFallback());
+}
 
 }  // namespace
 }  // namespace pixelgen

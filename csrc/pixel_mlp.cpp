@@ -330,7 +330,10 @@ TORCH_LIBRARY_IMPL(pixelgen, CPU, m) {
   m.impl("pixel_mlp", pixel_mlp);
   m.impl("pixel_mlp_backward", pixel_mlp_backward);
 }
-TORCH_LIBRARY_IMPL(pixelgen, AutogradCPU, m) { m.impl("pixel_mlp", pixel_mlp_autograd); }
+TORCH_LIBRARY_IMPL(pixelgen, AutogradCPU, m) {
+  m.impl("pixel_mlp", pixel_mlp_autograd);
+  m.impl("pixel_mlp_backward", torch::autograd::autogradNotImplementedFallback());
+}
 
 }  // namespace
 }  // namespace pixelgen

@@ -157,7 +157,10 @@ TORCH_LIBRARY_IMPL(pixelgen, CPU, m) {
   m.impl("pixel_modulate", pixel_modulate);
   m.impl("pixel_modulate_backward", pixel_modulate_backward);
 }
-TORCH_LIBRARY_IMPL(pixelgen, AutogradCPU, m) { m.impl("pixel_modulate", pixel_modulate_autograd); }
+TORCH_LIBRARY_IMPL(pixelgen, AutogradCPU, m) {
+  m.impl("pixel_modulate", pixel_modulate_autograd);
+  m.impl("pixel_modulate_backward", torch::autograd::autogradNotImplementedFallback());
+}
 
 }  // namespace
 }  // namespace pixelgen

@@ -113,6 +113,10 @@ TORCH_LIBRARY_IMPL(pixelgen, CPU, m) {
   m.impl("qk_norm_rope", qk_norm_rope);
   m.impl("qk_norm_rope_backward", qk_norm_rope_backward);
 }
+TORCH_LIBRARY_IMPL(pixelgen, AutogradCPU, m) {
+  m.impl("qk_norm_rope", torch::autograd::autogradNotImplementedFallback());
+  m.impl("qk_norm_rope_backward", torch::autograd::autogradNotImplementedFallback());
+}
 
 }  // namespace
 }  // namespace pixelgen

@@ -82,7 +82,10 @@ TORCH_LIBRARY_IMPL(pixelgen, CPU, m) {
   m.impl("swiglu", swiglu);
   m.impl("swiglu_backward", swiglu_backward);
 }
-TORCH_LIBRARY_IMPL(pixelgen, AutogradCPU, m) { m.impl("swiglu", swiglu_autograd); }
+TORCH_LIBRARY_IMPL(pixelgen, AutogradCPU, m) {
+  m.impl("swiglu", swiglu_autograd);
+  m.impl("swiglu_backward", torch::autograd::autogradNotImplementedFallback());
+}
 
 }  // namespace
 }  // namespace pixelgen

@@ -28,6 +28,7 @@ from pixelgen_kernels import build
 from pixelgen_kernels.launch import Launch
 
 Body = Literal["reference", "native", "triton"]
+BODIES = get_args(Body)
 
 VARIABLE = "PIXELGEN_OPS"
 # another file is for a sanitised or profiled build
@@ -66,8 +67,8 @@ def choose_body(device: str) -> tuple[Body, str]:
         if device == "cpu" and has_native():
             return "native", "CPU, csrc compiled"
         return "reference", native_problem() if device == "cpu" else f"{device} device"
-    if forced not in get_args(Body):
-        raise ValueError(f"{VARIABLE}={forced!r} names no body; use one of {', '.join(get_args(Body))}, or unset it")
+    if forced not in BODIES:
+        raise ValueError(f"{VARIABLE}={forced!r} names no body; use one of {', '.join(BODIES)}, or unset it")
     if forced == "native" and (device != "cpu" or not has_native()):
         missing = f"runs on CPU tensors only, not on {device}" if device != "cpu" else f"cannot run: {native_problem()}"
         raise ValueError(f"{VARIABLE}=native {missing}; or unset {VARIABLE}")

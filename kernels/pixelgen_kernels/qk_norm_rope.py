@@ -228,15 +228,12 @@ class _QKNormRope(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+        ctx: Any, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
+        ctx.eps = eps
         q, k = library.compiled(qkv).qk_norm_rope(qkv, q_weight, k_weight, cos, sin, heads, eps)
         return q, k, rearrange(qkv, "B L (three H d) -> three B L H d", three=3, H=heads)[2]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, _, ctx.eps = inputs
-        ctx.save_for_backward(*tensors)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -19,12 +19,9 @@ from pixelgen_kernels.swiglu import swiglu
 
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
-    def forward(packed: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, packed: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(packed, weight)
         return F.linear(library.compiled(packed).swiglu(packed), weight)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
