@@ -62,6 +62,29 @@ class Objective:
     class_drop: float = 0.1
     # smallest 1 - t (or t) that a conversion between predictions divides by
     t_eps: float = 0.05
+    # DeCo's loss on block frequencies of the velocity, added with this weight; its JPEG quality, 1 to 100
+    frequency_weight: float = 0.0
+    frequency_quality: int = 85
+
+
+@dataclass
+class Alignment:
+    """REPA: draw the generator's patch tokens towards those that a frozen teacher gives of the clean image."""
+
+    # a timm model such as vit_base_patch14_dinov2.lvd142m; null: no alignment
+    teacher: str | None = None
+    # a file in timm's or Meta's names, a folder that holds a teacher, or "random"; null: from the hub
+    weights: str | None = None
+    # the patch block, counted from 1, after which the generator's tokens are read; 0: a DINO student's own tokens
+    layer: int = 8
+    weight: float = 0.5
+    # none: the tokens themselves follow the teacher's, which must be as wide
+    projector: Literal["mlp", "none"] = "mlp"
+    # null: as wide as the generator
+    projector_hidden: int | None = None
+    compile: bool = False
+    # a folder to keep the teacher's features in, for data sets whose features fit on the disk
+    cache: str | None = None
 
 
 @dataclass
@@ -137,6 +160,7 @@ class Config:
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
     objective: Objective = field(default_factory=Objective)
+    alignment: Alignment = field(default_factory=Alignment)
     optimizer: Optimizer = field(default_factory=Optimizer)
     train: Train = field(default_factory=Train)
     save: Save = field(default_factory=Save)
@@ -208,6 +232,7 @@ def to_yaml(config: Config) -> str:
 def validate(config: Config) -> None:
     """Raise ConfigError, naming keys and values, for combinations that cannot work."""
     d, o, p, t, s = config.data, config.objective, config.optimizer, config.train, config.sample
+    a = config.alignment
     positive = {
         "data.image_size": d.image_size,
         "data.threads": d.threads,
@@ -216,6 +241,7 @@ def validate(config: Config) -> None:
         "objective.time_shift": o.time_shift,
         "objective.noise_scale": o.noise_scale,
         "objective.t_eps": o.t_eps,
+        "alignment.weight": a.weight,
         "optimizer.lr": p.lr,
         "optimizer.eps": p.eps,
         "train.images": t.images,
@@ -236,6 +262,8 @@ def validate(config: Config) -> None:
             raise ConfigError(f"{key} is {value}; it must be above 0")
     not_negative = {
         "data.workers": d.workers,
+        "alignment.layer": a.layer,
+        "objective.frequency_weight": o.frequency_weight,
         "optimizer.warmup_images": p.warmup_images,
         "optimizer.weight_decay": p.weight_decay,
         "sample.grid_every_images": s.grid_every_images,
@@ -249,6 +277,21 @@ def validate(config: Config) -> None:
         raise ConfigError(f"objective.class_drop is {o.class_drop}; it is a probability in [0, 1)")
     if not o.t_eps < 1:
         raise ConfigError(f"objective.t_eps is {o.t_eps}; it must be below 1")
+    if not 1 <= o.frequency_quality <= 100:
+        raise ConfigError(f"objective.frequency_quality is {o.frequency_quality}; it lies from 1 to 100")
+    if a.projector_hidden is not None and a.projector_hidden < 1:
+        raise ConfigError(
+            f"alignment.projector_hidden is {a.projector_hidden}; it must be above 0, or null for the generator's width"
+        )
+    if a.teacher is None and (a.weights or a.cache):
+        raise ConfigError(
+            "alignment.weights or alignment.cache is given, but alignment.teacher is null; name a teacher"
+        )
+    if a.cache is not None and d.flip:
+        raise ConfigError(
+            "alignment.cache keeps one feature map of each image and data.flip shows two; set data.flip=false, or "
+            "alignment.cache=null"
+        )
     for beta in p.betas:
         if not 0 <= beta < 1:
             raise ConfigError(f"optimizer.betas is {p.betas}; both lie in [0, 1)")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pixelgen_kernels import library
 
-NOISE, TIME, LABEL_DROP, FLIP, SAMPLING = range(5)
+NOISE, TIME, LABEL_DROP, FLIP, SAMPLING, GROUNDING_DROP = range(6)
 
 _MULTIPLIER_A, _MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85
@@ -44,8 +44,8 @@ def philox4x32(key: tuple[int, int], c0: Tensor, c1: Tensor, c2: Tensor, c3: Ten
 def words(seed: int, numbers: Tensor, stream: int, count: int) -> Tensor:
     """Random 32-bit words of each image.
 
-    seed: the run's 64-bit seed. numbers: int64 [B], image numbers >= 0. stream: NOISE, TIME, LABEL_DROP, FLIP or
-    SAMPLING. Returns int64 [B, count] with values in [0, 2^32).
+    seed: the run's 64-bit seed. numbers: int64 [B], image numbers >= 0. stream: one of the names
+    above. Returns int64 [B, count] with values in [0, 2^32).
     """
     if numbers.dtype != torch.int64 or numbers.ndim != 1:
         raise ValueError(f"numbers must be int64 [B], got {numbers.dtype} {list(numbers.shape)}")

@@ -66,8 +66,12 @@ def drop_labels(seed: int, numbers: Tensor, labels: Tensor, probability: float, 
     """
     if not 0 <= probability <= 1:
         raise ValueError(f"label drop probability must be in [0, 1], got {probability}")
-    dropped = philox.uniform(seed, numbers, philox.LABEL_DROP, 1)[:, 0] < probability
-    return labels.masked_fill(dropped, null)
+    return labels.masked_fill(chosen(seed, numbers, probability, philox.LABEL_DROP), null)
+
+
+def chosen(seed: int, numbers: Tensor, probability: float, stream: int) -> Tensor:
+    """Which images an event of this probability befalls: bool [B], a function of (seed, image number, stream)."""
+    return philox.uniform(seed, numbers, stream, 1)[:, 0] < probability
 
 
 def noise(seed: int, numbers: Tensor, shape: Sequence[int], stream: int = philox.NOISE) -> Tensor:

@@ -122,9 +122,10 @@ def strip_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
-    """Copy weights into a model. Raises GeneratorError naming what does not fit."""
+    """Copy weights into a model; what it does not train may be absent. Raises GeneratorError for what does not fit."""
     own = model.state_dict()
-    wrong = [f"missing {name}" for name in own if name not in state]
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    wrong = [f"missing {name}" for name in own if name not in state and name not in frozen]
     wrong += [f"extra {name}" for name in state if name not in own]
     wrong += [
         f"{name} is {list(state[name].shape)}, the model has {list(value.shape)}"
@@ -133,7 +134,7 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], origin: str) -> Non
     ]
     if wrong:
         raise GeneratorError(f"{origin}: {len(wrong)} weights do not fit: {'; '.join(wrong[:10])}")
-    model.load_state_dict(state)
+    model.load_state_dict(state, strict=False)
 
 
 def export(

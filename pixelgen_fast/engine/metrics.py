@@ -62,6 +62,40 @@ def memory_used(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+class Stopwatch:
+    """Sums the time that a device spends in `with stopwatch:`. Only `take` waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.on_gpu = device.type == "cuda"
+        self.seconds = 0.0
+        self.begin: float | torch.cuda.Event = 0.0
+        self.spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        self.begin = self._mark()
+
+    def __exit__(self, *error: object) -> None:
+        if self.on_gpu:
+            self.spans.append((self.begin, self._mark()))
+        else:
+            self.seconds += self._mark() - self.begin
+
+    def take(self) -> float:
+        """Seconds since the last `take`."""
+        if self.spans:
+            self.spans[-1][1].synchronize()
+        seconds = self.seconds + sum(a.elapsed_time(b) for a, b in self.spans) / 1000
+        self.seconds, self.spans = 0.0, []
+        return seconds
+
+    def _mark(self) -> float | torch.cuda.Event:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
 class Metrics:
     """Sinks of one run. On ranks other than 0 every method does nothing."""
 

@@ -1,50 +1,110 @@
 """The training objective as a module: what ZeRO wraps, and what a step evaluates.
 
-    x = image / 127.5 - 1,    z = t x + (1 - t) s e,    loss = mean_b flow_loss(model(z, t, y), x, e, t)
+    x = image / 127.5 - 1,    z = t x + (1 - t) s e,    prediction, tokens = model(z, t, y)
+    loss = mean_b [ flow_loss(prediction, x, e, t) + w_f frequency_loss(v of prediction, v) + w_a alignment(tokens, x) ]
 
-Time, noise and label drop are functions of (seed, image number); see diffusion/time.py. A model with
-`velocity_loss` and predict = v noises and compares inside its own operators; any other is given z and asked.
+The last two are optional (diffusion/frequency.py, engine/alignment.py). Time, noise, label drop and grounding drop are
+functions of (seed, image number); see diffusion/time.py. Dropout is one of (seed, number of the micro-batch's first
+image), so that a resumed run repeats it. A model with `velocity_loss` and predict = v noises and compares inside its
+own operators, unless the frequency loss needs its prediction; any other is given z and asked.
 Shapes: B images of one micro-batch, S x S pixels.
 """
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
 from einops import rearrange
+from pixelgen_kernels import philox
 from torch import Tensor, nn
 
 from pixelgen_fast.config import Objective
+from pixelgen_fast.diffusion.frequency import frequency_loss
 from pixelgen_fast.diffusion.loss import flow_loss
-from pixelgen_fast.diffusion.path import add_noise, slope
-from pixelgen_fast.diffusion.time import drop_labels, noise, sample_times
+from pixelgen_fast.diffusion.path import add_noise, convert, slope, truth
+from pixelgen_fast.diffusion.time import chosen, drop_labels, noise, sample_times
+from pixelgen_fast.engine.alignment import FeatureAlignment
 from pixelgen_fast.models.layers import Noising
 
 
 class FlowMatching(nn.Module):
-    """Flow matching on a generator: forward(images uint8 [B, S, S, 3], labels, numbers int64 [B]) -> mean loss."""
+    """Flow matching on a generator: forward(images uint8 [B, S, S, 3], labels, numbers int64 [B]) -> mean loss.
 
-    def __init__(self, model: nn.Module, objective: Objective, seed: int, null_class: int) -> None:
+    weights: the parts of the loss, "flow" and, where they are on, "frequency" and "alignment", with their weights.
+    parts: the unweighted mean of each in the last forward pass, detached, 0-dim, on the device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        seed: int,
+        null_class: int,
+        alignment: FeatureAlignment | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.objective, self.seed, self.null_class = model, objective, seed, null_class
+        self.alignment = alignment
+        self.weights = {"flow": 1.0}
+        if objective.frequency_weight > 0:
+            self.weights["frequency"] = objective.frequency_weight
+        if alignment is not None:
+            self.weights["alignment"] = alignment.weight
+        self.parts: dict[str, Tensor] = {}
+
+    def seed_dropout(self, first: int) -> None:
+        """Begin a micro-batch whose first image has this number, before forward: seeds torch for a model that draws."""
+        if getattr(self.model, "uses_randomness", False):
+            digest = hashlib.blake2b(f"dropout {self.seed} {first}".encode(), digest_size=8).digest()
+            torch.manual_seed(int.from_bytes(digest))
 
     def forward(self, images: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
         o = self.objective
         t = sample_times(self.seed, numbers, o.time, o.time_mean, o.time_std, o.time_shift)
         y = drop_labels(self.seed, numbers, labels, o.class_drop, self.null_class)
-        if o.predict == "v" and hasattr(self.model, "velocity_loss"):
-            weight_B = slope(t, "v", o.loss, o.noise_scale, o.t_eps).square()
-            noising = Noising(numbers, t, self.seed, o.noise_scale)
-            return self.model.velocity_loss(images, y, noising, weight_B).mean()
+        fused = o.predict == "v" and o.frequency_weight == 0 and hasattr(self.model, "velocity_loss")
+        losses, tokens = (self._inside if fused else self._outside)(images, t, y, numbers)
+        if self.alignment is not None:
+            losses["alignment"] = self.alignment(tokens, images, numbers)
+        means = {name: loss_B.mean() for name, loss_B in losses.items()}
+        self.parts = {name: mean.detach() for name, mean in means.items()}
+        return sum(self.weights[name] * mean for name, mean in means.items())
+
+    def _inside(self, images: Tensor, t: Tensor, y: Tensor, numbers: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Losses of each image and the tapped tokens, from a model that noises and compares by itself."""
+        o = self.objective
+        weight_B = slope(t, "v", o.loss, o.noise_scale, o.t_eps).square()
+        noising = Noising(numbers, t, self.seed, o.noise_scale)
+        loss_B, tokens = self._tapped(self.model.velocity_loss, images, y, noising, weight_B)
+        return {"flow": loss_B}, tokens
+
+    def _outside(
+        self, images: Tensor, t: Tensor, y: Tensor, numbers: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Losses of each image and the tapped tokens, from the model's prediction at z."""
+        o = self.objective
+        path = {"noise_scale": o.noise_scale, "t_eps": o.t_eps}
         x = rearrange(images, "B H W C -> B C H W").float() / 127.5 - 1.0
         e = noise(self.seed, numbers, x.shape[1:])
-        z = add_noise(x, e, t, o.noise_scale).to(next(self.model.parameters()).dtype)
-        loss_B = flow_loss(
-            self.model(z, t, y),
-            x,
-            e,
-            t,
-            predict=o.predict,
-            loss_space=o.loss,
-            noise_scale=o.noise_scale,
-            t_eps=o.t_eps,
-        )
-        return loss_B.mean()
+        z = add_noise(x, e, t, o.noise_scale)
+        drop = getattr(self.model, "grounding_drop", None)
+        ground = {} if drop is None else {"ground": ~chosen(self.seed, numbers, drop, philox.GROUNDING_DROP)}
+        model = partial(self.model, **ground)
+        prediction, tokens = self._tapped(model, z.to(next(self.model.parameters()).dtype), t, y)
+        losses = {"flow": flow_loss(prediction, x, e, t, predict=o.predict, loss_space=o.loss, **path)}
+        if o.frequency_weight > 0:
+            # The truth goes the same way as the prediction, so that t_eps never moves the minimum.
+            wanted = truth(o.predict, x, e, o.noise_scale)
+            velocities = [convert(value, z, t, o.predict, "v", **path) for value in (prediction, wanted)]
+            losses["frequency"] = frequency_loss(*velocities, o.frequency_quality)
+        return losses, tokens
+
+    def _tapped(self, function: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        """What the model answers, with the tokens at the alignment's layer if there is one."""
+        if self.alignment is None:
+            return function(*arguments), None
+        return function(*arguments, tap=self.alignment.layer)

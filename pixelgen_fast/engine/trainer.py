@@ -24,6 +24,7 @@ from pixelgen_fast.data import Batch
 from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.data.roots import open_root
 from pixelgen_fast.engine import checkpoint, generator, zero
+from pixelgen_fast.engine.alignment import build_alignment
 from pixelgen_fast.engine.memory import keep_freed_memory
 from pixelgen_fast.engine.metrics import Metrics, device_peak, forward_flops, memory_used
 from pixelgen_fast.engine.objective import FlowMatching
@@ -36,6 +37,16 @@ from pixelgen_fast.eval.curves import read_metrics, save_curves
 from pixelgen_fast.eval.grid import save_grid
 
 log = logging.getLogger(__name__)
+
+# what a checkpoint's tensors depend on, beside the section `model`
+FIXED = (
+    "data.image_size",
+    "data.num_classes",
+    "alignment.teacher",
+    "alignment.layer",
+    "alignment.projector",
+    "alignment.projector_hidden",
+)
 
 
 class TrainingError(RuntimeError):
@@ -70,10 +81,15 @@ class Trainer:
             state, _ = generator.read_exported(Path(config.run.init))
             generator.load_weights(model, state, config.run.init)
         wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=config.train.compile_blocks)
-        module = FlowMatching(model, config.objective, config.run.seed, null_class=len(self.classes))
+        alignment = build_alignment(config, model, index, self.device)
+        module = FlowMatching(model, config.objective, config.run.seed, len(self.classes), alignment)
+        groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
+        projector = [] if alignment is None else list(alignment.parameters())
+        if projector:
+            groups.append({"params": projector, "ema": False})
         o = config.optimizer
         optimizer = AdamWEMA(
-            module.parameters(),
+            groups,
             lr=o.lr,
             betas=o.betas,
             eps=o.eps,
@@ -124,14 +140,21 @@ class Trainer:
             hw_decoder_load=d.hw_decoder_load,
         )
         self.watch = SkipWatch(self.device)
-        # sum and number of the losses since the last row of the log, those that are not finite left out
-        self.losses = torch.zeros(2, device=self.device)
+        self.objective = module
+        # number and sum of the losses since the last row of the log, then the sum of each part where there are several;
+        # those of a loss that is not finite are left out
+        self.losses = torch.zeros(2 + len(self.parts), device=self.device)
 
     @property
     def total(self) -> int:
         """Images at which the run ends: train.images, rounded up to whole steps."""
         batch = self.config.train.global_batch
         return -(-self.config.train.images // batch) * batch
+
+    @property
+    def parts(self) -> list[str]:
+        """The parts of the loss that have columns of their own in the metrics: none if it has but one."""
+        return list(self.objective.weights) if len(self.objective.weights) > 1 else []
 
     def run(self) -> int:
         c = self.config
@@ -161,13 +184,16 @@ class Trainer:
 
     def train_step(self, batches: list[Batch]) -> None:
         """One optimizer step on the micro-batches of this rank. Nothing here waits for the device."""
-        for batch in batches:
+        first = self.nimg + self.rank * self.config.train.micro_batch * self.accumulation
+        for number, batch in enumerate(batches):
+            self.objective.seed_dropout(first + number * self.config.train.micro_batch)
             loss = self.engine(batch.images, batch.labels, batch.numbers)
             finite = torch.isfinite(loss.detach())
             # A loss that is not finite must not pass as a step, even if its gradient happens to be.
             self.engine.backward(loss * torch.where(finite, 1.0, torch.nan))
             self.engine.step()
-            self.losses += torch.stack([torch.where(finite, loss.detach(), 0.0), finite.float()])
+            losses = [torch.ones_like(loss), loss.detach(), *(self.objective.parts[name] for name in self.parts)]
+            self.losses += torch.where(finite, torch.stack(losses), 0.0)
 
     def _should_stop(self) -> bool:
         """Whether all ranks stop here: a signal to any of them, or too many steps in a row that were not finite."""
@@ -192,15 +218,18 @@ class Trainer:
         """Write a row of metrics; the only place of the loop that waits for the device."""
         if self.world > 1:
             dist.all_reduce(self.losses)
-        (total, count), seconds = self.losses.tolist(), mark.elapsed()
+        (count, *sums), seconds = self.losses.tolist(), mark.elapsed()
         self.losses.zero_()
+        means = [total / count if count else None for total in sums]
+        alignment = self.objective.alignment
         self.seconds += seconds
         rate = (self.nimg - mark.nimg) / seconds
         self.metrics.write(
             {
                 "nimg": self.nimg,
                 "step": self.nimg // self.config.train.global_batch,
-                "loss": total / count if count else None,
+                "loss": means[0],
+                **{f"loss_{name}": mean for name, mean in zip(self.parts, means[1:], strict=True)},
                 "grad_norm": float(self.engine.grad_norm),
                 "lr": learning_rate(self.config.optimizer, self.nimg - self.config.train.global_batch, self.total),
                 "images_per_second": rate,
@@ -208,6 +237,7 @@ class Trainer:
                 "model_flops_share": rate * self.image_flops / (self.peak * self.world) if self.rank == 0 else 0.0,
                 "memory_bytes": memory_used(self.device),
                 "loader_wait_share": mark.waited(self.loader) / seconds,
+                **({"teacher_share": alignment.stopwatch.take() / seconds} if alignment is not None else {}),
                 "skipped_steps": int(self.engine.skipped),
                 "replaced_images": len(self.loader.replaced),
             }
@@ -240,7 +270,7 @@ class Trainer:
             return
         state = checkpoint.read_state(path)
         changed = differences(state["config"], cfg.to_dict(self.config))
-        fixed = [key for key in changed if key.startswith("model.") or key in ("data.image_size", "data.num_classes")]
+        fixed = [key for key in changed if key.startswith("model.") or key in FIXED]
         if fixed or state["classes"] != self.classes:
             what = ", ".join(f"{key} ({changed[key]})" for key in fixed) or f"classes of {self.config.data.root}"
             raise cfg.ConfigError(

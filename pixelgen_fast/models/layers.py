@@ -1,7 +1,7 @@
 """Layers shared by the transformers of this package, and their position tables.
 
-Rotary tables follow PixelDiT and LightningDiT: positions span the same interval at any resolution. The fixed
-sine-cosine embedding is MAE's (arXiv 2111.06377). Names follow timm.
+Rotary tables follow PixelDiT, whose positions span the same interval at any resolution, or EVA-02 (arXiv 2303.11331),
+whose positions are whole numbers. The fixed sine-cosine embedding is MAE's (arXiv 2111.06377). Names follow timm.
 Shapes: B batch, L tokens, D width, H heads, d = D / H.
 """
 
@@ -12,8 +12,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
-from pixelgen_kernels import attention, noised_patch_projection, patch_projection, qk_norm_rope, swiglu_linear
+from pixelgen_kernels import attention, noised_patch_projection, patch_projection, qk_norm_rope, swiglu, swiglu_linear
 from torch import Tensor, nn
 
 
@@ -75,16 +76,19 @@ class PatchEmbed(nn.Linear):
 
 
 class Attention(nn.Module):
-    """Self-attention with a packed projection, QK-norm and rotary embedding. [B, L, D] -> [B, L, D]."""
+    """Self-attention with a packed projection, QK-norm and rotary embedding. [B, L, D] -> [B, L, D].
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = False) -> None:
+    dropout: in training, of the output.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
         if dim % num_heads or (dim // num_heads) % 4:
             raise ValueError(
                 f"hidden size {dim} over {num_heads} heads gives head size {dim / num_heads}; "
                 "2D rotary embedding needs a whole multiple of 4"
             )
-        self.num_heads = num_heads
+        self.num_heads, self.dropout = num_heads, dropout
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = RMSNorm(dim // num_heads)
         self.k_norm = RMSNorm(dim // num_heads)
@@ -92,19 +96,28 @@ class Attention(nn.Module):
 
     def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         q, k, v = qk_norm_rope(self.qkv(x_BLD), self.q_norm.weight, self.k_norm.weight, cos, sin, self.num_heads)
-        return self.proj(rearrange(attention(q, k, v), "B L H d -> B L (H d)"))
+        out_BLD = self.proj(rearrange(attention(q, k, v), "B L H d -> B L (H d)"))
+        return F.dropout(out_BLD, self.dropout, self.training) if self.dropout else out_BLD
 
 
 class SwiGLU(nn.Module):
-    """W2 (silu(W1 x) * W3 x) with W1 and W3 packed in one projection. [B, L, D] -> [B, L, D]."""
+    """W2 (silu(W1 x) * W3 x) with W1 and W3 packed in one projection. [B, L, D] -> [B, L, D].
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    dropout: in training, of what W2 reads.
+    """
+
+    def __init__(self, dim: int, hidden: int, bias: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
-        self.w13 = nn.Linear(dim, 2 * hidden, bias=False)
-        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.dropout = dropout
+        self.w13 = nn.Linear(dim, 2 * hidden, bias=bias)
+        self.w2 = nn.Linear(hidden, dim, bias=bias)
 
     def forward(self, x_BLD: Tensor) -> Tensor:
-        return swiglu_linear(self.w13(x_BLD), self.w2.weight)
+        packed = self.w13(x_BLD)
+        if self.dropout and self.training:
+            return self.w2(F.dropout(swiglu(packed), self.dropout))
+        out_BLD = swiglu_linear(packed, self.w2.weight)
+        return out_BLD if self.w2.bias is None else out_BLD + self.w2.bias
 
 
 class TimestepEmbedder(nn.Module):
@@ -138,6 +151,17 @@ def rope_2d(height: int, width: int, head_dim: int, extent: float = 16.0, theta:
     frequencies = theta ** (-torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim)
     rows, columns = torch.meshgrid(torch.linspace(0, extent, height), torch.linspace(0, extent, width), indexing="ij")
     angles = torch.stack([columns.reshape(-1, 1) * frequencies, rows.reshape(-1, 1) * frequencies], dim=-1).flatten(1)
+    return angles.cos(), angles.sin()
+
+
+def rope_2d_axial(height: int, width: int, head_dim: int, theta: float = 1e4) -> tuple[Tensor, Tensor]:
+    """Rotary tables of a height x width grid at whole positions: (cos, sin), float32 [height width, head_dim / 2].
+
+    The first half of the pairs turns with the row, the last with the column, both with theta^(-4 k / head_dim).
+    """
+    frequencies = theta ** (-torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim)
+    rows, columns = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
+    angles = torch.cat([rows.reshape(-1, 1) * frequencies, columns.reshape(-1, 1) * frequencies], dim=-1)
     return angles.cos(), angles.sin()
 
 

@@ -164,21 +164,28 @@ class Head(nn.Module):
 
 
 class PixelDiT(Float32Tables):
-    """forward(z [B, 3, S, S], t [B] in [0, 1], y int64 [B]) -> [B, 3, S, S]; y = num_classes is the null class."""
+    """forward(z [B, 3, S, S], t [B] in [0, 1], y int64 [B]) -> [B, 3, S, S]; y = num_classes is the null class.
 
-    def __init__(self, config: Config, image_size: int, num_classes: int) -> None:
+    With tap = k, from 1 to tap_depth, both `forward` and `velocity_loss` return a pair, whose second is the token
+    stream after patch block k [B, L, D], for feature alignment. Raises ValueError for other images or another tap.
+
+    patch_embed: what gives the tokens instead of the linear embedding of patches, for systems built on this one.
+    """
+
+    def __init__(self, config: Config, image_size: int, num_classes: int, patch_embed: nn.Linear | None = None) -> None:
         super().__init__()
         p, D, C = config.patch_size, config.hidden_size, config.pixel_hidden_size
         if image_size % p:
             raise ValueError(f"data.image_size {image_size} does not divide into model.patch_size {p} patches")
-        if min(config.patch_depth, config.pixel_depth) < 1:
+        if config.pixel_depth < 1 or (config.patch_depth < 1 and patch_embed is None):
             raise ValueError(
                 f"model.patch_depth {config.patch_depth} and model.pixel_depth {config.pixel_depth} must be at least 1"
             )
         self.patch_size, self.grid = p, image_size // p
         self.image_size, self.num_classes = image_size, num_classes
+        self.hidden_size, self.tap_depth = D, config.patch_depth
         self.pixel_stream_float32 = config.pixel_stream_float32
-        self.patch_embed = PatchEmbed(p, D)
+        self.patch_embed = patch_embed or PatchEmbed(p, D)
         self.pixel_embed = nn.Linear(3, C)
         self.t_embed = TimestepEmbedder(D, max_period=10.0)
         self.y_embed = nn.Embedding(num_classes + 1, D)
@@ -210,14 +217,17 @@ class PixelDiT(Float32Tables):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
-    def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, z: Tensor, t: Tensor, y: Tensor, tap: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
         self._check(z.shape[1:], (3, self.image_size, self.image_size))
         t_BD = self.t_embed(t)
         tokens, pixels = self.patch_embed(z)
-        s_BLD = self.patch_stage(tokens, F.silu(t_BD + self.y_embed(y)))
-        return self.unpatchify(self.head(self.pixel_stage(pixels, F.silu(t_BD[:, None] + s_BLD))))
+        s_BLD, tapped = self.patch_stage(tokens, F.silu(t_BD + self.y_embed(y)), tap)
+        prediction = self.unpatchify(self.head(self.pixel_stage(pixels, F.silu(t_BD[:, None] + s_BLD))))
+        return prediction if tap is None else (prediction, tapped)
 
-    def velocity_loss(self, images: Tensor, y: Tensor, noising: Noising, weight_B: Tensor) -> Tensor:
+    def velocity_loss(
+        self, images: Tensor, y: Tensor, noising: Noising, weight_B: Tensor, tap: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Weighted squared error of the predicted velocity, float32 [B], with noising and loss inside the operators.
 
         images: uint8 [B, S, S, 3]. y: int64 [B]. weight: float32 [B]. The same as `forward` on the noised images and
@@ -226,9 +236,10 @@ class PixelDiT(Float32Tables):
         self._check(images.shape[1:], (self.image_size, self.image_size, 3))
         t_BD = self.t_embed(noising.t)
         tokens, pixels, velocity = self.patch_embed(images, noising)
-        s_BLD = self.patch_stage(tokens, F.silu(t_BD + self.y_embed(y)))
+        s_BLD, tapped = self.patch_stage(tokens, F.silu(t_BD + self.y_embed(y)), tap)
         x_NPC = self.pixel_stage(pixels, F.silu(t_BD[:, None] + s_BLD))
-        return self.head(x_NPC, velocity.flatten(0, 1), weight_B)
+        loss_B = self.head(x_NPC, velocity.flatten(0, 1), weight_B)
+        return loss_B if tap is None else (loss_B, tapped)
 
     def blocks(self) -> list[nn.Module]:
         """The modules that recomputation and compilation take one by one."""
@@ -238,12 +249,16 @@ class PixelDiT(Float32Tables):
         """The modules that read parameters of children which they do not call: ZeRO-3 must gather each as a whole."""
         return [*self.blocks(), self.head]
 
-    def patch_stage(self, tokens_BLD: Tensor, c_BD: Tensor) -> Tensor:
-        """Patch tokens through the patch blocks: the semantic tokens s [B, L, D]."""
-        stream = TokenStream(tokens_BLD)
-        for block in self.patch_blocks:
+    def patch_stage(self, tokens_BLD: Tensor, c_BD: Tensor, tap: int | None) -> tuple[Tensor, Tensor | None]:
+        """Patch tokens through the patch blocks: the semantic tokens s [B, L, D], and those after block `tap`."""
+        if tap is not None and not 1 <= tap <= self.tap_depth:
+            raise ValueError(f"tap {tap}: this PixelDiT has patch blocks 1 to {self.tap_depth}")
+        stream, tapped = TokenStream(tokens_BLD), None
+        for number, block in enumerate(self.patch_blocks, start=1):
             stream = TokenStream(*block(*stream, c_BD, self.rope_cos, self.rope_sin))
-        return stream.settle()
+            if number == tap:
+                tapped = stream.settle()
+        return stream.settle(), tapped
 
     def pixel_stage(self, pixels_BLPC: Tensor, s_BLD: Tensor) -> Tensor:
         """Noised pixels [B, L, P, 3] and their patch condition through the pixel blocks: stream [B L, P, C]."""

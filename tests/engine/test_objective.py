@@ -6,6 +6,7 @@ from golden_reference import relative
 from torch import nn
 
 from pixelgen_fast.config import Objective
+from pixelgen_fast.engine.alignment import FeatureAlignment
 from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.models import pixeldit
 
@@ -19,8 +20,21 @@ class Opaque(nn.Module):
         super().__init__()
         self.inner = model
 
-    def forward(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return self.inner(z, t, y)
+    def forward(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor, **tap: int) -> torch.Tensor:
+        return self.inner(z, t, y, **tap)
+
+
+def random_model(**changes) -> pixeldit.PixelDiT:
+    torch.manual_seed(0)
+    model = pixeldit.build(pixeldit.Config(**(vars(CONFIG) | changes)), 8, 3)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    images = torch.randint(0, 256, (3, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    return images, torch.tensor([0, 1, 2]), torch.tensor([7, 8, 2**33])
 
 
 @pytest.mark.parametrize("body", ["reference", "triton"])
@@ -29,24 +43,144 @@ class Opaque(nn.Module):
 def test_noising_inside_the_operators_is_the_same_objective(
     body: str, post: bool, space: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.manual_seed(0)
-    config = pixeldit.Config(**(vars(CONFIG) | {"post_modulation": post}))
-    model = pixeldit.build(config, 8, 3)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
+    model = random_model(post_modulation=post)
     objective = Objective(loss=space, noise_scale=1.5, time_shift=2.0, class_drop=0.5)
-    images = torch.randint(0, 256, (3, 8, 8, 3), dtype=torch.uint8)
-    batch = images, torch.tensor([0, 1, 2]), torch.tensor([7, 8, 2**33])
 
     monkeypatch.setenv("PIXELGEN_OPS", "reference")
-    plain = FlowMatching(Opaque(model), objective, seed=11, null_class=3)(*batch)
+    plain = FlowMatching(Opaque(model), objective, seed=11, null_class=3)(*batch())
     plain.backward()
     expected = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
 
     monkeypatch.setenv("PIXELGEN_OPS", body)
-    fused = FlowMatching(model, objective, seed=11, null_class=3)(*batch)
+    fused = FlowMatching(model, objective, seed=11, null_class=3)(*batch())
     fused.backward()
     assert fused.item() == pytest.approx(plain.item(), rel=1e-5)
     for (name, p), gradient in zip(model.named_parameters(), expected, strict=True):
         assert relative(p.grad, gradient) < 1e-4, name
+
+
+def test_tapped_tokens_are_those_after_the_block() -> None:
+    """The tokens after block k are what the same model without the later blocks hands to its pixel stage."""
+    model = random_model(patch_depth=3)
+    z, t, y = torch.randn(2, 3, 8, 8), torch.rand(2), torch.tensor([0, 3])
+    prediction = model(z, t, y)
+    handed = []
+    model.pixel_stage = lambda pixels, s: handed.append(s) or pixeldit.PixelDiT.pixel_stage(model, pixels, s)
+    blocks = model.patch_blocks
+    for k in (3, 1, 2):
+        model.patch_blocks = blocks
+        tapped_prediction, tokens = model(z, t, y, tap=k)
+        assert torch.equal(tapped_prediction, prediction) and tokens.shape == (2, 4, 24)
+        model.patch_blocks = blocks[:k]
+        model(z, t, y)
+        condition = nn.functional.silu(model.t_embed(t)[:, None] + tokens)
+        assert torch.equal(condition, handed[-1]), k
+    model.patch_blocks = blocks
+    for k in (0, 4):
+        with pytest.raises(ValueError, match=f"tap {k}: this PixelDiT has patch blocks 1 to 3"):
+            model(z, t, y, tap=k)
+
+
+@pytest.mark.parametrize("body", ["reference", "triton"])
+def test_alignment_is_added_on_both_ways(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """loss = flow + weight x alignment of the tokens that the model has of z, fused or not, with equal gradients."""
+    model = random_model(patch_depth=2)
+    features = torch.randn(3, 4, 5)
+    alignment = FeatureAlignment(
+        lambda images, numbers: features,
+        width=24,
+        features=5,
+        hidden=6,
+        layer=1,
+        weight=0.3,
+        device=torch.device("cpu"),
+    )
+    objective, images_labels_numbers = Objective(class_drop=0.5), batch()
+    seen = []
+    hook = alignment.register_forward_hook(lambda module, arguments, loss: seen.append((arguments, loss)))
+
+    monkeypatch.setenv("PIXELGEN_OPS", "reference")
+    flow = FlowMatching(model, objective, seed=11, null_class=3)(*images_labels_numbers)
+    plain = FlowMatching(Opaque(model), objective, 11, 3, alignment)
+    total = plain(*images_labels_numbers)
+    total.backward()
+    (tokens, images, numbers), loss_B = seen.pop()
+    assert loss_B.shape == (3,) and tokens.shape == (3, 4, 24)
+    assert torch.equal(images, images_labels_numbers[0]) and torch.equal(numbers, images_labels_numbers[2])
+    assert total.item() == pytest.approx(flow.item() + 0.3 * loss_B.mean().item(), rel=1e-5)
+    assert plain.weights == {"flow": 1.0, "alignment": 0.3}
+    assert plain.parts["flow"].item() == pytest.approx(flow.item(), rel=1e-5)
+    assert plain.parts["alignment"].item() == loss_B.mean().item() and not plain.parts["alignment"].requires_grad
+    parameters = dict(model.named_parameters()) | dict(alignment.named_parameters())
+    expected = {name: p.grad.clone() for name, p in parameters.items()}
+    model.zero_grad()
+    alignment.zero_grad()
+
+    monkeypatch.setenv("PIXELGEN_OPS", body)
+    fused = FlowMatching(model, objective, 11, 3, alignment)(*images_labels_numbers)
+    fused.backward()
+    hook.remove()
+    assert fused.item() == pytest.approx(total.item(), rel=1e-5)
+    for name, p in parameters.items():
+        assert relative(p.grad, expected[name]) < 1e-4, name
+
+
+@pytest.mark.parametrize("predict", ["v", "x", "e"])
+def test_the_frequency_loss_compares_velocities(predict: str) -> None:
+    """Prediction and truth are read as velocities at z; the fused way is left, since it has no prediction to give."""
+    from pixelgen_fast.diffusion.frequency import frequency_loss
+
+    model = random_model()
+    images, labels, numbers = batch()
+    objective = Objective(predict=predict, loss="v", class_drop=0.0, frequency_weight=0.7, frequency_quality=60)
+    module = FlowMatching(model, objective, 11, 3)
+    asked = []
+    model.register_forward_hook(lambda module, arguments, prediction: asked.append((arguments, prediction)))
+    total = module(images, labels, numbers)
+    (z, t, _), answer = asked.pop()
+    flow = FlowMatching(Opaque(model), Objective(predict=predict, loss="v", class_drop=0.0), 11, 3)(
+        images, labels, numbers
+    )
+    assert model.velocity_loss is not None and module.weights == {"flow": 1.0, "frequency": 0.7}
+    t = t[:, None, None, None]
+    x = images.permute(0, 3, 1, 2) / 127.5 - 1
+    e = (z - t * x) / (1 - t)
+    velocity = {
+        "v": (answer, x - e),
+        "x": ((answer - z) / (1 - t).clamp(min=0.05), (x - z) / (1 - t).clamp(min=0.05)),
+        "e": ((z - answer) / t.clamp(min=0.05), (z - e) / t.clamp(min=0.05)),
+    }[predict]
+    frequency = frequency_loss(*velocity, 60).mean()
+    assert module.parts["frequency"].item() == pytest.approx(frequency.item(), rel=1e-4)
+    assert total.item() == pytest.approx(flow.item() + 0.7 * frequency.item(), rel=1e-4)
+
+
+class Drawing(torch.nn.Module):
+    """A generator that draws: dropout, and grounding which is handed to it."""
+
+    uses_randomness, grounding_drop = True, 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor, ground: torch.Tensor) -> torch.Tensor:
+        self.ground = ground
+        return torch.nn.functional.dropout(z * self.weight, 0.5)
+
+
+def test_dropout_repeats_with_the_micro_batch_and_grounding_with_the_image() -> None:
+    model = Drawing()
+    module = FlowMatching(model, Objective(predict="x"), seed=7, null_class=10)
+    images = torch.zeros(64, 8, 8, 3, dtype=torch.uint8)
+
+    def loss(first: int) -> float:
+        module.seed_dropout(first)
+        return float(module(images, torch.zeros(64, dtype=torch.int64), torch.arange(64) + 128))
+
+    assert loss(128) == loss(128) != loss(192)
+    whole = model.ground
+    module(images[:2], torch.zeros(2, dtype=torch.int64), torch.tensor([130, 191]))
+    assert whole.dtype == torch.bool and 16 < int(whole.sum()) < 48
+    assert torch.equal(model.ground, whole[[2, 63]])
