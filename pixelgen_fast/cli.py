@@ -1,4 +1,4 @@
-"""The command line: pixelgen train | sample | evaluate | export | import | data.
+"""The command line: pixelgen train | sample | evaluate | export | import | teacher | compare | data | kernels.
 
 An error is one line that says what to do; `--debug` shows where it came from.
 """
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code: 0 done, 2 refused, 75 stopped by a signal with everything saved."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command is _train and not any(text.startswith("-") for text in rest):
+    if args.command in (_train, _compare) and not any(text.startswith("-") for text in rest):
         # argparse takes overrides only up to the first option: `train CONFIG --dry-run key=value` leaves them over.
         args.overrides += rest
     elif args.command is _kernels_report:
@@ -156,15 +156,38 @@ def _import(args: argparse.Namespace) -> int:
 
     published = interop.read_published(Path(args.file), args.system, args.weights)
     state, model, num_classes = interop.native(args.system, published)
-    schema = generator.model_schema
+    trained_at = interop.image_size(args.system, published)
+    if None not in (trained_at, args.image_size) and trained_at != args.image_size:
+        raise ValueError(f"--image-size {args.image_size}: {args.file} was made for {trained_at} pixels; leave it out")
+    image_size = trained_at or args.image_size or 256
     values = {
         "model": vars(model),
-        "data": {"image_size": args.image_size, "num_classes": num_classes, "root": "imported"},
+        "data": {"image_size": image_size, "num_classes": num_classes, "root": "imported"},
+        **interop.settings(args.system, model, image_size),
     }
-    config = cfg.from_dict(values, schema)
+    config = cfg.from_dict(values, generator.model_schema)
     generator.export(Path(args.out), state, config, [str(i) for i in range(num_classes)], args.weights, 0)
     generator.load(args.out)
     print(f"{args.out}: {len(state)} tensors of {args.file}; draw with pixelgen sample {args.out}")
+    return 0
+
+
+def _teacher(args: argparse.Namespace) -> int:
+    from pixelgen_fast.engine.distill import schema, train
+
+    print("\n".join(train.train(schema.load(args.config, args.overrides)).lines()))
+    return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from pixelgen_fast.engine.compare import run, schema
+    from pixelgen_fast.engine.signals import REQUEUE
+
+    page = run.run(schema.load(args.config, args.overrides, quick=args.quick))
+    if page is None:
+        print("stopped by a signal; the same command goes on from here")
+        return REQUEUE
+    print(f"{page}, and {page.with_suffix('.md')}")
     return 0
 
 
@@ -203,6 +226,8 @@ def _kernels_warmup(args: argparse.Namespace) -> int:
 
     c = cfg.load(args.config, args.overrides, generator.model_schema)
     m = c.model
+    if not hasattr(m, "pixel_mlp_ratio"):
+        raise ValueError(f"{args.config}: warm-up knows the launches of a pixel head, and {m.system} has none")
     with torch.device("meta"):
         model = generator.build_model(c, c.data.num_classes or 1)
     shape = ModelShape(
@@ -291,12 +316,23 @@ def _parser() -> argparse.ArgumentParser:
 
     imported = command("import", _import, "Convert a published checkpoint to the form that export writes.")
     imported.add_argument(
-        "file", help="for PixelDiT a Lightning .ckpt; NVIDIA's weights stay under NSCLv1 (non-commercial)"
+        "file", help="as published; weights keep their licence, NVIDIA's for PixelDiT is NSCLv1 (non-commercial)"
     )
     imported.add_argument("out", help="folder to write")
-    imported.add_argument("--system", required=True, choices=("pixeldit",))
-    imported.add_argument("--image-size", type=int, default=256, help="pixels a side (default: 256)")
-    imported.add_argument("--weights", choices=("ema", "raw"), default="ema")
+    imported.add_argument("--system", required=True, choices=("pixeldit", "jit", "deco"))
+    imported.add_argument("--image-size", type=int, help="pixels a side (default: as the weights tell, or 256)")
+    imported.add_argument("--weights", choices=("ema", "ema2", "raw"), default="ema", help="ema2: JiT's second average")
+
+    teacher = command("teacher", _teacher, "Train a small teacher for feature alignment on the images themselves.")
+    teacher.add_argument("config", help="YAML file, for example configs/teacher_digits.yaml")
+    teacher.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file"
+    )
+
+    compare = command("compare", _compare, "Train and judge several systems on the same images; write a page of it.")
+    compare.add_argument("config", help="YAML file, for example configs/compare_digits.yaml")
+    compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    compare.add_argument("--quick", action="store_true", help="the file's short version, to see every part run")
 
     data = commands.add_parser("data", help="Check or pack a data set.").add_subparsers(
         required=True, metavar="COMMAND"

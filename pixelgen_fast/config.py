@@ -174,6 +174,14 @@ def load(path: str | Path, overrides: Iterable[str], model_schema: Callable[[str
     model_schema maps `model.system` to the dataclass of that system's settings.
     Raises ConfigError for a missing or malformed file, an unknown key, a wrong type or an impossible combination.
     """
+    return from_layers(read_layers(path, overrides), model_schema)
+
+
+def read_layers(path: str | Path, overrides: Iterable[str]) -> list[tuple[str, Any]]:
+    """(origin, values) of a YAML file and of each override, for a merge that names who is wrong.
+
+    Raises ConfigError for a missing or malformed file and for an override without "=".
+    """
     path = Path(path)
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
@@ -189,7 +197,7 @@ def load(path: str | Path, overrides: Iterable[str], model_schema: Callable[[str
         if "=" not in text:
             raise ConfigError(f"override {text!r}: write key.sub=value, for example optimizer.lr=2e-4")
         layers.append((f"override {text!r}", OmegaConf.from_dotlist([text])))
-    return from_layers(layers, model_schema)
+    return layers
 
 
 def from_dict(values: dict[str, Any], model_schema: Callable[[str], type]) -> Config:

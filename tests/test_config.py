@@ -6,6 +6,8 @@ import pytest
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast.cli import main
+from pixelgen_fast.engine.compare import schema as compare_schema
+from pixelgen_fast.engine.distill import schema as teacher_schema
 from pixelgen_fast.engine.generator import model_schema
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -17,10 +19,17 @@ def load(*overrides: str) -> cfg.Config:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
-def test_every_shipped_configuration_is_valid_and_says_how_to_run(path: Path) -> None:
-    cfg.load(path, [], model_schema)
+def test_every_shipped_configuration_is_valid_and_says_how_to_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = path.stem.split("_")[0] if path.stem.startswith(("teacher", "compare")) else "train"
+    if command == "teacher":
+        teacher_schema.load(path, [])
+    elif command == "compare":
+        monkeypatch.chdir(CONFIGS.parent)
+        compare_schema.load(path)
+    else:
+        cfg.load(path, [], model_schema)
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
-    assert any(f"train configs/{path.name}" in line for line in head)
+    assert any(f"{command} configs/{path.name}" in line for line in head)
     assert any(line.startswith("# Hardware:") for line in head)
 
 

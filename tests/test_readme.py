@@ -10,7 +10,7 @@ from pixelgen_fast import cli
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-VERBS = "train|sample|evaluate|export|import|data|kernels"
+VERBS = "train|sample|evaluate|export|import|teacher|compare|data|kernels"
 COMMANDS = sorted(set(re.findall(rf"`([^`\n]*\bpixelgen(?:_fast)? (?:{VERBS}) [^`]*)`", TEXT)))
 
 

@@ -1,0 +1,1 @@
+"""Several systems on the same images and seeds, and a page that sets their results beside each other."""
