@@ -137,7 +137,7 @@ class Metrics:
             return
         self.file.write(json.dumps(row) + "\n")
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-        self.bar.set_postfix_str(f"loss {loss}, {row['images_per_second']:.1f} img/s")
+        self.bar.set_postfix_str(f"loss {loss}, {row['images_per_second']:.1f} img/s", refresh=False)
         if self.writer:
             for name, value in row.items():
                 if value is not None:

@@ -363,6 +363,9 @@ def _config(
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": stage,
+            # Stage 3 would replace torch's linear in the whole process by one that adds its bias in place, which spoils
+            # the products that recomputation keeps.
+            "memory_efficient_linear": False,
             # Gradients are copied into one buffer in order to be communicated; one rank has nothing to communicate.
             "contiguous_gradients": world > 1,
             "reduce_bucket_size": bucket,

@@ -196,7 +196,7 @@ def test_settings_that_do_not_fit(teacher_folder: Path, tmp_path: Path, capsys: 
     assert main(command(tmp_path / "deep", 16, weights, "alignment.layer=3")) == 2
     assert "alignment.layer is 3 and the model has 2 patch blocks and no DINO student; set" in capsys.readouterr().err
     wrong = {
-        "alignment.layer=0": "alignment.layer is 0",
+        "alignment.layer=-1": "alignment.layer is -1",
         "alignment.weight=0": "alignment.weight is 0",
         "alignment.projector_hidden=0": "alignment.projector_hidden is 0",
         "objective.frequency_weight=-1": "objective.frequency_weight is -1",
