@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -222,7 +222,7 @@ def from_layers(layers: list[tuple[str, Any]], model_schema: Callable[[str], typ
         try:
             merged = OmegaConf.merge(merged, values)
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{origin}: {_explain(error, model_class)}") from error
+            raise ConfigError(f"{origin}: {explain(error, Config, model_class)}") from error
     config: Config = OmegaConf.to_object(merged)
     validate(config)
     return config
@@ -353,17 +353,21 @@ def _divisors(n: int) -> str:
     return ", ".join(str(k) for k in range(1, n + 1) if n % k == 0)
 
 
-def _explain(error: OmegaConfBaseException, model_class: type) -> str:
+def explain(error: OmegaConfBaseException, schema: type, model_class: type | None = None) -> str:
+    """The error's first line; for an unknown key, the nearest one and all that its section has.
+
+    model_class: the dataclass of the section `model`, which the schema leaves open.
+    """
     message = str(error).splitlines()[0]
     key = getattr(error, "full_key", None)
     if not key:
         return message
     section, _, name = key.rpartition(".")
-    owner = model_class if section == "model" else next((f.type for f in fields(Config) if f.name == section), None)
-    owner = globals().get(owner, owner) if isinstance(owner, str) else owner
-    valid = [f.name for f in fields(owner)] if hasattr(owner, "__dataclass_fields__") else []
-    if not section:
-        valid = [f.name for f in fields(Config)]
+    owner: Any = schema
+    for part in filter(None, section.split(".")):
+        owner = get_type_hints(owner).get(part) if is_dataclass(owner) else None
+        owner = model_class if part == section == "model" else owner
+    valid = [f.name for f in fields(owner)] if is_dataclass(owner) else []
     if name in valid or not valid:
         return f"{key}: {message}"
     near = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)

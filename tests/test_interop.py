@@ -18,7 +18,7 @@ def golden() -> Golden:
     return Golden("pixeldit")
 
 
-@pytest.mark.parametrize("system", ["pixeldit", "jit"])
+@pytest.mark.parametrize("system", ["pixeldit", "jit", "deco"])
 @pytest.mark.parametrize("body", ["reference", "triton"])
 def test_output_loss_and_every_gradient_match_the_published_code(
     system: str, body: str, monkeypatch: pytest.MonkeyPatch

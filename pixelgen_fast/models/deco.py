@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pixelgen_fast.models.layers import Float32Tables, PatchEmbed, TimestepEmbedder, rope_2d
-from pixelgen_fast.models.pixeldit import PatchBlock, TokenStream
+from pixelgen_fast.models.layers import PatchEmbed, TimestepEmbedder, rope_2d
+from pixelgen_fast.models.pixeldit import PatchBlock, PatchTransformer
 
 FREQUENCIES = 8
 EPS = 1e-6
@@ -81,12 +81,14 @@ class DecoderBlock(nn.Module):
         return torch.addcmul(x_NPC, gate, self.fc2(F.silu(self.fc1(h))))
 
 
-class DeCo(Float32Tables):
+class DeCo(PatchTransformer):
     """forward(z [B, 3, S, S], t [B] in [0, 1], y int64 [B]) -> [B, 3, S, S]; y = num_classes is the null class.
 
     With tap = k, from 1 to tap_depth, it returns a pair, whose second is the token stream after patch block k
     [B, L, D], for feature alignment. Raises ValueError for other images or another tap.
     """
+
+    system = "DeCo"
 
     def __init__(self, config: Config, image_size: int, num_classes: int) -> None:
         super().__init__()
@@ -145,17 +147,6 @@ class DeCo(Float32Tables):
     def whole_modules(self) -> list[nn.Module]:
         """The modules that read parameters of children which they do not call: ZeRO-3 must gather each as a whole."""
         return [*self.patch_blocks]
-
-    def patch_stage(self, tokens_BLD: Tensor, c_BD: Tensor, tap: int | None) -> tuple[Tensor, Tensor | None]:
-        """Patch tokens through the patch blocks: the semantic tokens s [B, L, D], and those after block `tap`."""
-        if tap is not None and not 1 <= tap <= self.tap_depth:
-            raise ValueError(f"tap {tap}: this DeCo has patch blocks 1 to {self.tap_depth}")
-        stream, tapped = TokenStream(tokens_BLD), None
-        for number, block in enumerate(self.patch_blocks, start=1):
-            stream = TokenStream(*block(*stream, c_BD, self.rope_cos, self.rope_sin))
-            if number == tap:
-                tapped = stream.settle()
-        return stream.settle(), tapped
 
     def decode(self, pixels_BLP3: Tensor, s_BLD: Tensor) -> Tensor:
         """Noised pixels and the condition of their patch through the decoder: [B L, P, 3]."""

@@ -163,7 +163,26 @@ class Head(nn.Module):
         return flow_loss(x_NPC, self.norm.weight, self.linear.weight, self.linear.bias, target_NP3, weight_B)
 
 
-class PixelDiT(Float32Tables):
+class PatchTransformer(Float32Tables):
+    """What PixelDiT and DeCo share; a subclass makes patch_blocks, tap_depth and the rotary tables."""
+
+    patch_blocks: nn.ModuleList
+    tap_depth: int
+    system = "PixelDiT"
+
+    def patch_stage(self, tokens_BLD: Tensor, c_BD: Tensor, tap: int | None) -> tuple[Tensor, Tensor | None]:
+        """Patch tokens through the patch blocks: the semantic tokens s [B, L, D], and those after block `tap`."""
+        if tap is not None and not 1 <= tap <= self.tap_depth:
+            raise ValueError(f"tap {tap}: this {self.system} has patch blocks 1 to {self.tap_depth}")
+        stream, tapped = TokenStream(tokens_BLD), None
+        for number, block in enumerate(self.patch_blocks, start=1):
+            stream = TokenStream(*block(*stream, c_BD, self.rope_cos, self.rope_sin))
+            if number == tap:
+                tapped = stream.settle()
+        return stream.settle(), tapped
+
+
+class PixelDiT(PatchTransformer):
     """forward(z [B, 3, S, S], t [B] in [0, 1], y int64 [B]) -> [B, 3, S, S]; y = num_classes is the null class.
 
     With tap = k, from 1 to tap_depth, both `forward` and `velocity_loss` return a pair, whose second is the token
@@ -248,17 +267,6 @@ class PixelDiT(Float32Tables):
     def whole_modules(self) -> list[nn.Module]:
         """The modules that read parameters of children which they do not call: ZeRO-3 must gather each as a whole."""
         return [*self.blocks(), self.head]
-
-    def patch_stage(self, tokens_BLD: Tensor, c_BD: Tensor, tap: int | None) -> tuple[Tensor, Tensor | None]:
-        """Patch tokens through the patch blocks: the semantic tokens s [B, L, D], and those after block `tap`."""
-        if tap is not None and not 1 <= tap <= self.tap_depth:
-            raise ValueError(f"tap {tap}: this PixelDiT has patch blocks 1 to {self.tap_depth}")
-        stream, tapped = TokenStream(tokens_BLD), None
-        for number, block in enumerate(self.patch_blocks, start=1):
-            stream = TokenStream(*block(*stream, c_BD, self.rope_cos, self.rope_sin))
-            if number == tap:
-                tapped = stream.settle()
-        return stream.settle(), tapped
 
     def pixel_stage(self, pixels_BLPC: Tensor, s_BLD: Tensor) -> Tensor:
         """Noised pixels [B, L, P, 3] and their patch condition through the pixel blocks: stream [B L, P, C]."""

@@ -1,12 +1,11 @@
 """DeCo: published sizes and costs, its start, its decoder in float64, that it learns, and its wrapping."""
 
-import copy
-
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from finite_differences import check_gradient
 from torch import nn
 
 from pixelgen_fast.config import Objective
@@ -110,19 +109,7 @@ def test_gradient_is_that_of_finite_differences() -> None:
     model = tiny().double()
     z, t, y = batch(torch.float64)
     w = torch.randn_like(z)
-    (model(z, t, y) * w).sum().backward()
-    direction = [torch.randn_like(p) for p in model.parameters()]
-    slope = sum(float((p.grad * d).sum()) for p, d in zip(model.parameters(), direction, strict=True))
-
-    def moved(h: float) -> float:
-        other = copy.deepcopy(model)
-        with torch.no_grad():
-            for p, d in zip(other.parameters(), direction, strict=True):
-                p.add_(d, alpha=h)
-            return float((other(z, t, y) * w).sum())
-
-    h = 1e-6
-    assert (moved(h) - moved(-h)) / (2 * h) == pytest.approx(slope, rel=1e-6)
+    check_gradient(model, (z, t, y), w)
 
 
 def test_tapped_tokens_are_those_after_the_block() -> None:

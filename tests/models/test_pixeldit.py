@@ -1,10 +1,9 @@
 """PixelDiT: published sizes and costs, its start, its symmetries, and its wrapping."""
 
-import copy
-
 import pytest
 import torch
 from einops import rearrange
+from finite_differences import check_gradient
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -82,19 +81,7 @@ def test_gradient_is_that_of_finite_differences() -> None:
     model = tiny().double()
     z, t, y = torch.randn(2, 3, 16, 16, dtype=torch.float64), torch.rand(2, dtype=torch.float64), torch.tensor([0, 3])
     w = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    (model(z, t, y) * w).sum().backward()
-    direction = [torch.randn_like(p) for p in model.parameters()]
-    slope = sum(float((p.grad * d).sum()) for p, d in zip(model.parameters(), direction, strict=True))
-
-    def moved(h: float) -> float:
-        other = copy.deepcopy(model)
-        with torch.no_grad():
-            for p, d in zip(other.parameters(), direction, strict=True):
-                p.add_(d, alpha=h)
-            return float((other(z, t, y) * w).sum())
-
-    h = 1e-6
-    assert (moved(h) - moved(-h)) / (2 * h) == pytest.approx(slope, rel=1e-6)
+    check_gradient(model, (z, t, y), w)
 
 
 def test_rope_scores_depend_on_relative_position_only() -> None:

@@ -56,7 +56,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, quick: bool = False
         try:
             merged = OmegaConf.merge(merged, values)
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{origin}: {str(error).splitlines()[0]}") from error
+            raise ConfigError(f"{origin}: {cfg.explain(error, Compare)}") from error
     compare: Compare = OmegaConf.to_object(merged)
     if quick:
         settings = OmegaConf.to_container(OmegaConf.merge(compare.settings, compare.quick.settings))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Literal
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pixelgen_fast.config import ConfigError, read_layers
+from pixelgen_fast.config import ConfigError, explain, read_layers
 
 
 @dataclass
@@ -122,7 +121,7 @@ def load(path: str | Path, overrides: Iterable[str]) -> TeacherConfig:
         try:
             merged = OmegaConf.merge(merged, values)
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{origin}: {_explain(error, TeacherConfig)}") from error
+            raise ConfigError(f"{origin}: {explain(error, TeacherConfig)}") from error
     config: TeacherConfig = OmegaConf.to_object(merged)
     validate(config)
     return config
@@ -198,21 +197,3 @@ def validate(config: TeacherConfig) -> None:
         )
     if p.warmup_images >= config.train.images:
         raise ConfigError(f"optimizer.warmup_images {p.warmup_images} is not below train.images {config.train.images}")
-
-
-def _explain(error: OmegaConfBaseException, schema: type) -> str:
-    """The error's first line; for an unknown key, the nearest one and all that its section has."""
-    message = str(error).splitlines()[0]
-    section, _, name = (getattr(error, "full_key", None) or "").rpartition(".")
-    owner: Any = schema
-    for part in filter(None, section.split(".")):
-        owner = get_type_hints(owner).get(part) if is_dataclass(owner) else None
-    valid = [f.name for f in fields(owner)] if is_dataclass(owner) else []
-    where = f"{section}." if section else ""
-    if not name or not valid:
-        return message
-    if name in valid:
-        return f"{where}{name}: {message}"
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
-    hint = f"; did you mean {where}{near[0]}?" if near else ""
-    return f"{where}{name}: unknown key{hint} Valid in {section or 'the file'}: {', '.join(valid)}"
