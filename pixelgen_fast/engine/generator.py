@@ -1,13 +1,14 @@
 """A trained model with all that is needed to draw with it, and the folder that holds one for others to load.
 
 An exported folder is model.safetensors (one tensor a parameter, native names) and config.json (format, configuration,
-class names, which weights). A run folder works wherever an exported one does.
+class names, which weights). A run folder works wherever an exported one does. Where the model is built on a DINO, both
+hold that too, in dino/, and need neither the file nor the hub that it came from.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,14 @@ from tqdm import tqdm
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast import models
+from pixelgen_fast.data.cache import published_folder
 from pixelgen_fast.diffusion.solver import sample, to_uint8
 from pixelgen_fast.engine.checkpoint import CheckpointError, find, read_state, read_weights
+from pixelgen_fast.models.teacher import copy_dino
 
 FORMAT = "pixelgen_fast generator 1"
 MODEL_PREFIX = "model."
+DINO = "dino"  # in the folder of a run or an export, the DINO that its model is built on
 
 
 class GeneratorError(ValueError):
@@ -40,6 +44,30 @@ def build_model(config: cfg.Config, num_classes: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         return models.system(config.model.system).build(config.model, config.data.image_size, num_classes)
+
+
+def keep_dino(folder: Path, config: cfg.Config) -> None:
+    """Copy the DINO that a model is built on into a folder, in place of an older one; nothing for other models.
+
+    Raises ValueError when model.weights cannot be read, and GeneratorError when the copy cannot be written.
+    """
+    kept = folder / DINO
+    if not hasattr(config.model, "dino") or config.model.weights == str(kept):
+        return
+    try:
+        with published_folder(kept) as work:
+            copy_dino(config.model.dino, config.model.weights, work)
+    except (OSError, SafetensorError) as error:
+        raise GeneratorError(
+            f"{kept}: a copy of model.dino cannot be written there ({error}); free some space or choose another folder"
+        ) from error
+
+
+def with_kept_dino(config: cfg.Config, folder: Path) -> cfg.Config:
+    """The configuration with model.weights the copy that `keep_dino` left in a folder, where there is one."""
+    if not hasattr(config.model, "dino") or not (folder / DINO).is_dir():
+        return config
+    return replace(config, model=replace(config.model, weights=str(folder / DINO)))
 
 
 @dataclass
@@ -97,6 +125,7 @@ def load(path: str | Path, weights: str | None = None, device: torch.device | st
     path = Path(path)
     if (path / "config.json").is_file():
         state, about = read_exported(path)
+        home = path
         if weights is not None and weights != about["weights"]:
             raise GeneratorError(f"{path}: holds {about['weights']} weights, not {weights}; export them from the run")
     elif path.is_dir():
@@ -105,11 +134,12 @@ def load(path: str | Path, weights: str | None = None, device: torch.device | st
             folder = find(path)
         except CheckpointError as error:
             raise GeneratorError(f"{error}; nor is there a config.json of an exported one") from error
+        home = folder.parent.parent if folder.parent.name == "checkpoints" else folder
         about = read_state(folder) | {"weights": weights}
         state = strip_prefix(read_weights(folder, weights))
     else:
         raise GeneratorError(f"{path}: no such folder; give a run folder or one written by pixelgen export")
-    config = cfg.from_dict(about["config"], model_schema)
+    config = with_kept_dino(cfg.from_dict(about["config"], model_schema), home)
     model = build_model(config, len(about["classes"]))
     load_weights(model, state, str(path))
     dtype = next(iter(state.values())).dtype
@@ -140,10 +170,13 @@ def load_weights(model: nn.Module, state: dict[str, Tensor], origin: str) -> Non
 def export(
     folder: Path, state: dict[str, Tensor], config: cfg.Config, classes: list[str], weights: str, nimg: int
 ) -> None:
-    """Write an exported folder. Raises GeneratorError when the folder holds something already."""
+    """Write an exported folder. Raises GeneratorError when the folder holds something already, or cannot hold all."""
     if folder.exists() and any(folder.iterdir()):
         raise GeneratorError(f"{folder}: exists and is not empty; choose another folder or remove it")
     folder.mkdir(parents=True, exist_ok=True)
+    keep_dino(folder, config)
+    if hasattr(config.model, "dino"):
+        config = replace(config, model=replace(config.model, weights=DINO))
     about = {"format": FORMAT, "weights": weights, "nimg": nimg, "classes": classes, "config": cfg.to_dict(config)}
     save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")

@@ -73,9 +73,12 @@ class Trainer:
         index = open_root(config.data.root, expected_classes=config.data.num_classes)
         self.classes = index.classes
 
-        model = generator.build_model(config, len(self.classes))
+        # once there is a checkpoint, the copy of a DINO that was made for it is the one that goes with it
+        begun = checkpoint.checkpoints(self.folder / "checkpoints")
+        self.built = generator.with_kept_dino(config, self.folder) if begun else config
+        model = generator.build_model(self.built, len(self.classes))
         with torch.device("meta"):
-            counted = generator.build_model(config, len(self.classes))
+            counted = generator.build_model(self.built, len(self.classes))
         self.image_flops = 3 * forward_flops(counted, config.data.image_size)
         if config.run.init:
             state, _ = generator.read_exported(Path(config.run.init))
@@ -111,6 +114,7 @@ class Trainer:
         self._resume()
         self._check_disk()
         if self.rank == 0:
+            generator.keep_dino(self.folder, self.built)
             self._describe_run(index, precision)
         self.metrics = Metrics(
             self.folder,
@@ -322,7 +326,7 @@ class Trainer:
         state = self.engine.state_dict(ema_key(self.config.optimizer.ema[0]), to=0)
         if self.rank == 0:
             s = self.config.sample
-            model = generator.build_model(self.config, len(self.classes))
+            model = generator.build_model(self.built, len(self.classes))
             generator.load_weights(model, generator.strip_prefix(state), "the average of this run")
             drawer = generator.Generator(model.to(self.device).eval(), self.config, self.classes, "ema", self.nimg)
             labels = torch.arange(min(s.grid_classes, len(self.classes))).repeat_interleave(s.grid_per_class)

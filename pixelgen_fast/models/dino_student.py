@@ -38,7 +38,7 @@ class Config(pixeldit.Config):
     # a DINOv2 or DINOv3 of timm
     dino: str = "vit_small_patch16_dinov3.lvd1689m"
     # where it starts: a file in timm's or Meta's names, a folder that holds a teacher, or "random"; null: from the hub.
-    # What is not trained is not saved, and is read from here again
+    # It is read when a run begins, which keeps a copy, and so does an export
     weights: str | None = None
     tuning: Literal["full", "lora", "frozen"] = "full"
     lora_rank: int = 16

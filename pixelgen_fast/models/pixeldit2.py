@@ -47,7 +47,7 @@ class Config:
     dropout: float = 0.2
     # how often training hides the DINO from an image
     grounding_drop: float = 0.1
-    # a DINOv2 or DINOv3 of timm; it is never trained nor saved, and is read from `weights` each time
+    # a DINOv2 or DINOv3 of timm; it is never trained. A run keeps a copy beside its checkpoints, and so does an export
     dino: str = "vit_small_patch16_dinov3_qkvb.lvd1689m"
     # a file in timm's or Meta's names, a folder that holds a teacher, or "random"; null: from the hub
     weights: str | None = None

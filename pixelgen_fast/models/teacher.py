@@ -148,6 +148,14 @@ def save_teacher(
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
+def copy_dino(name: str, weights: str | None, folder: str | Path) -> None:
+    """Write what `load_dino(name, weights)` gives as a folder that it reads. Raises as that and `save_teacher` do."""
+    network = load_dino(name, weights)
+    about = network.pretrained_cfg
+    kwargs = _read_about(Path(weights))["kwargs"] if weights is not None and Path(weights).is_dir() else {}
+    save_teacher(folder, network, architecture=name, kwargs=kwargs, mean=about["mean"], std=about["std"])
+
+
 def to_timm(state: Mapping[str, Tensor], network: nn.Module, origin: str) -> dict[str, Tensor]:
     """Weights under Meta's names renamed to those of timm's `network`; other weights as they are.
 
