@@ -33,7 +33,7 @@ class FeatureAlignment(nn.Module):
 
     targets: (images, numbers) -> the teacher's features [B, L', D']. It is kept out of the module's children, so that
     the teacher is neither sharded, trained, cast nor saved. hidden: width of the projector, None for no projector.
-    layer: the tap that gives the tokens. weight: of the loss.
+    layer: the tap that gives the tokens, width: D. weight: of the loss.
     stopwatch: time spent in `targets`.
     """
 
@@ -49,7 +49,7 @@ class FeatureAlignment(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        self.layer, self.weight = layer, weight
+        self.layer, self.weight, self.width = layer, weight, width
         self.projector: nn.Module = nn.Identity()
         if hidden is not None:
             self.projector = nn.Sequential(
@@ -59,9 +59,14 @@ class FeatureAlignment(nn.Module):
         self._targets = (targets,)  # a module that is an attribute would become a child
 
     def forward(self, tokens: Tensor, images: Tensor, numbers: Tensor) -> Tensor:
-        with self.stopwatch, torch.no_grad():
-            features = self._targets[0](images, numbers)
+        with self.stopwatch:
+            features = self.targets(images, numbers)
         return alignment_loss(self.projector(resize_tokens(tokens, features.shape[1])), features)
+
+    @torch.no_grad()
+    def targets(self, images: Tensor, numbers: Tensor) -> Tensor:
+        """The teacher's features of the images [B, L', D']."""
+        return self._targets[0](images, numbers)
 
 
 def alignment_loss(projected: Tensor, features: Tensor) -> Tensor:
@@ -82,10 +87,11 @@ def resize_tokens(tokens: Tensor, count: int) -> Tensor:
 
 
 def build_alignment(
-    config: cfg.Config, model: nn.Module, index: ImageIndex, device: torch.device
+    config: cfg.Config, model: nn.Module, index: ImageIndex | None, device: torch.device
 ) -> FeatureAlignment | None:
     """The alignment of a run, its projector a function of run.seed alone; None when alignment.teacher is null.
 
+    index: of the images, for alignment.cache; None where that is null.
     model: has hidden_size, tap_depth and grid; one whose tap 0 gives a DINO's own tokens has tap_width too. Raises
     ValueError for a layer that the model does not have and tokens of another width than a teacher that they should
     equal, and what `load_dino` and `FeatureCache` raise.
@@ -112,6 +118,7 @@ def build_alignment(
         def targets(images: Tensor, numbers: Tensor) -> Tensor:
             return teacher(images)
     else:
+        assert index is not None
         d = config.data
         targets = FeatureCache(a.cache, teacher, index, seed=config.run.seed, size=d.image_size, crop=d.crop)
     with torch.random.fork_rng(devices=[]):

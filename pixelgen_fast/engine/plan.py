@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,20 +20,26 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from pixelgen_fast.config import Config
+from pixelgen_fast.engine.alignment import build_alignment
 from pixelgen_fast.engine.metrics import forward_flops
 
 
 @dataclass(frozen=True)
 class Plan:
-    """parameters; forward FLOPs of an image; activation bytes of an image; bytes of a weight; averages kept."""
+    """parameters; forward FLOPs of an image; activation bytes of an image; bytes of a weight; averages kept.
+
+    alignment_flops: of an image, of the teacher and of the projector, both forward; None where nothing is aligned.
+    """
 
     parameters: int
     flops: int
     activation_bytes: int
     weight_bytes: int
     averages: int
+    alignment_flops: tuple[int, int] | None = None
 
     def state_bytes(self, stage: int, world: int) -> float:
         """Bytes of weights, gradients and optimizer state on each of `world` ranks at a ZeRO stage."""
@@ -46,7 +52,11 @@ class Plan:
 
 
 def plan(model: nn.Module, config: Config, precision: str) -> Plan:
-    """Count a model that lives on the meta device; a bf16 run is on a GPU and runs the operators of a GPU."""
+    """Count a model that lives on the meta device; a bf16 run is on a GPU and runs the operators of a GPU.
+
+    Raises ValueError for an alignment that does not fit the model.
+    """
+    aligned = alignment_flops(model, config)
     if precision == "bf16":
         with gpu_operators():
             activation_bytes = saved_bytes(model.bfloat16(), config.data.image_size)
@@ -58,7 +68,23 @@ def plan(model: nn.Module, config: Config, precision: str) -> Plan:
         activation_bytes=activation_bytes,
         weight_bytes=2 if precision == "bf16" else 4,
         averages=len(config.optimizer.ema),
+        alignment_flops=aligned,
     )
+
+
+def alignment_flops(model: nn.Module, config: Config) -> tuple[int, int] | None:
+    """Forward FLOPs of an image, of the teacher and of the projector, on the meta device; None without alignment."""
+    size, meta = config.data.image_size, torch.device("meta")
+    config = replace(config, alignment=replace(config.alignment, cache=None, compile=False))
+    with meta:
+        alignment = build_alignment(config, model, None, meta)
+        if alignment is None:
+            return None
+        with FlopCounterMode(display=False) as teacher:
+            alignment.targets(torch.empty(1, size, size, 3, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64))
+        with FlopCounterMode(display=False) as projector:
+            alignment.projector(torch.empty(1, model.grid**2, alignment.width))
+    return teacher.get_total_flops(), projector.get_total_flops()
 
 
 @contextmanager
@@ -115,10 +141,15 @@ def saved_bytes(model: nn.Module, image_size: int, batch: int = 2) -> int:
 def describe(p: Plan, config: Config, precision: str, worlds: tuple[int, ...] = (1, 4, 8, 64)) -> str:
     """The plan as lines for `--dry-run`."""
     t, activations = config.train, p.activation_bytes * config.train.micro_batch
+    alignment = []
+    if p.alignment_flops is not None:
+        teacher, projector = (flops / 1e9 for flops in p.alignment_flops)
+        alignment = [f"{'':<19}{teacher:.2f} teacher forward, {3 * projector:.2f} projector forward and backward"]
     lines = [
         f"parameters         {p.parameters:,}",
         f"GFLOPs per image   {p.flops / 1e9:.2f} forward, {3 * p.flops / 1e9:.2f} forward and backward"
         " (2 per multiply-add)",
+        *alignment,
         f"images             {t.images:,} in {-(-t.images // t.global_batch):,} steps of {t.global_batch}",
         f"activations        {p.activation_bytes / 1e6:.1f} MB per image, {activations / 1e9:.2f} GB per micro-batch "
         f"of {t.micro_batch}, kept for backward with train.recompute={t.recompute}",

@@ -1,12 +1,18 @@
 """The memory plan against a count by hand, and saved activations against what a CPU really keeps."""
 
+from pathlib import Path
+
 import pytest
+import timm
 import torch
 from torch import nn
 
+from pixelgen_fast import config as cfg
+from pixelgen_fast.engine import generator
 from pixelgen_fast.engine.parallel import wrap_blocks
-from pixelgen_fast.engine.plan import Plan, saved_bytes
+from pixelgen_fast.engine.plan import Plan, describe, plan, saved_bytes
 from pixelgen_fast.models import pixeldit
+from pixelgen_fast.models.teacher import save_teacher
 
 
 def test_state_bytes_by_stage() -> None:
@@ -55,3 +61,29 @@ def test_saved_bytes_per_image_do_not_depend_on_the_batch() -> None:
     with torch.device("meta"):
         model = pixeldit.build(config, 16, 3)
     assert saved_bytes(model, 16, 64) == pytest.approx(saved_bytes(model, 16, 256), rel=0.02)
+
+
+def test_a_teacher_is_counted_and_has_to_fit(tmp_path: Path) -> None:
+    """Products of a DINOv3 with 16 patches and 5 tokens before them, of width 48, and of a projector 96, 96, 96, 48."""
+    name, kwargs = "vit_small_patch16_dinov3", dict(embed_dim=48, depth=2, num_heads=2, patch_size=4, img_size=16)
+    network = timm.create_model(name, num_classes=0, **kwargs)
+    save_teacher(tmp_path / "t", network, architecture=name, kwargs=kwargs, mean=[0.5] * 3, std=[0.5] * 3)
+    digits = Path(__file__).parents[2] / "configs" / "digits.yaml"
+    settings = [f"alignment.teacher={name}", f"alignment.weights={tmp_path / 't'}", "alignment.layer=2"]
+
+    def planned(*overrides: str) -> tuple[Plan, cfg.Config]:
+        config = cfg.load(digits, [*settings, *overrides], generator.model_schema)
+        with torch.device("meta"):
+            model = generator.build_model(config, 10)
+        return plan(model, config, "fp32"), config
+
+    patches, tokens, width = 16, 21, 48
+    block = tokens * width * (3 * width + width + 2 * 4 * width) + 2 * tokens * tokens * width
+    teacher = 2 * (patches * 48 * width + 2 * block)
+    projector = 2 * patches * (96 * 96 + 96 * 96 + 96 * 48)
+    p, config = planned()
+    assert p.alignment_flops == (teacher, projector)
+    said = f"{teacher / 1e9:.2f} teacher forward, {3 * projector / 1e9:.2f} projector forward and backward"
+    assert said in describe(p, config, "fp32")
+    with pytest.raises(ValueError, match="alignment.layer is 9 and the model has 4 patch blocks"):
+        planned("alignment.layer=9")
