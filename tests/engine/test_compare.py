@@ -112,20 +112,24 @@ def variant(name: str, frechet: tuple[float, ...], alignment: tuple[float, ...] 
 
 
 def test_a_difference_counts_when_every_seed_shows_it() -> None:
-    base = variant("Base", (20.0, 22.0, 24.0))
-    assert versus(variant("A", (19.0, 21.0, 23.0)), base) == "lower with every one of 3 seeds (21.0 against 22.0)"
-    assert versus(variant("B", (21.0, 23.0, 25.0)), base) == "higher with every one of 3 seeds (23.0 against 22.0)"
-    assert versus(variant("C", (19.0, 23.0, 25.0)), base).endswith("no clear difference")
-    assert "cannot tell" in versus(variant("D", (1.0,)), variant("E", (2.0,)))
+    base = Spread((20.0, 22.0, 24.0))
+    lower, higher, mixed = Spread((19.0, 21.0, 23.0)), Spread((21.0, 23.0, 25.0)), Spread((19.0, 22.0, 25.0))
+    assert versus(lower, base, ".1f") == "lower with every one of 3 seeds (21.0 against 22.0)"
+    assert versus(higher, base, ".1f") == "higher with every one of 3 seeds (23.0 against 22.0)"
+    assert versus(mixed, base, ".1f").startswith("lower with 1 and higher with 1 of 3 seeds")
+    assert versus(base, base, ".1f").endswith("no clear difference")
+    assert "cannot tell" in versus(Spread((1.0,)), Spread((2.0,)), ".1f")
 
 
 def test_the_reading_says_when_a_lower_alignment_loss_has_worse_pixels() -> None:
     base = variant("Base", (20.0, 20.0))
     repa, student = variant("REPA", (18.0, 19.0), (0.5, 0.5)), variant("Student", (25.0, 26.0), (0.2, 0.2), 20)
     helps, lower, cost = read([base, repa, student])
-    assert "REPA: Fréchet distance lower with every one of 2 seeds" in helps and "Student" not in helps
-    assert "Student has the lowest, but not the best pixels" in lower and "higher with every one of 2 seeds" in lower
-    assert "Student 1.00 times its time an image and 2.00 times its weights" in cost
+    assert "REPA against Base: Fréchet distance lower with every one of 2 seeds" in helps and "Student" not in helps
+    assert "Student against REPA: alignment loss lower with every one of 2 seeds (0.200 against 0.500)" in lower
+    assert "Fréchet distance higher with every one of 2 seeds (25.5 against 18.5)" in lower
+    assert "right class lower with 0 and higher with 0 of 2 seeds" in lower
+    assert "Student 1.00 ± 0.00 times its time an image, 2.00 times its weights" in cost
 
 
 def test_spread() -> None:

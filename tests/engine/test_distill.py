@@ -180,7 +180,8 @@ def test_the_split_is_that_of_the_digits_judge() -> None:
 def test_a_teacher_from_the_command_line(finished: Path) -> None:
     """What the run leaves; the saved network is one that `load_dino` opens, whose patch tokens, through `Teacher` and
     its preprocessing of uint8 images, classify the held-out images exactly as the last line of the metrics says."""
-    assert {p.name for p in finished.iterdir()} == {"teacher.yaml", "metrics.jsonl", "curves.png", "teacher"}
+    left = {"teacher.yaml", "metrics.jsonl", "curves.png", "report.json", "teacher"}
+    assert {p.name for p in finished.iterdir()} == left
     assert np.asarray(Image.open(finished / "curves.png").convert("L")).std() > 5
     written = rows(finished)
     assert [r["nimg"] for r in written] == [32, 64, 96, 128]
@@ -196,6 +197,8 @@ def test_a_teacher_from_the_command_line(finished: Path) -> None:
     mean = features.mean(dim=1)
     found = knn_accuracy(mean[kept], labels[kept], mean[held], labels[held], k=20)
     assert found == pytest.approx(written[-1]["knn_patches"], abs=3 / len(held))
+    report = json.loads((finished / "report.json").read_text())
+    assert report["knn_patches"] == written[-1]["knn_patches"] and report["held_out"] == len(held)
     judge = Judge(images.numpy(), labels.numpy(), kept, held, 20, torch.device("cpu"))
     torch.testing.assert_close(teacher.preprocess(images[kept]), judge.normalise(judge.kept), atol=1e-5, rtol=0)
 

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import base64
 import html
+import json
+import shutil
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 
-from pixelgen_fast.engine.compare.results import Variant, collect, flow_key
-from pixelgen_fast.engine.compare.schema import Compare
+from pixelgen_fast.engine.compare.results import Spread, Variant, collect, flow_key
+from pixelgen_fast.engine.compare.schema import Compare, slug, teacher_folder
+from pixelgen_fast.engine.distill.schema import REPORT
 
 COLOURS = ("#1f4e79", "#c1440e", "#2e7d32", "#7b3f99", "#b8860b", "#444444", "#008b8b", "#a0522d")
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
@@ -22,15 +26,16 @@ COLUMNS = ("system", "right class", "Fréchet distance", "flow loss", "alignment
 
 
 def write_page(compare: Compare) -> Path:
-    """Write page.html and page.md, with pictures/, into the comparison's folder; returns the HTML file."""
+    """Write page.html into the comparison's folder, and page.md with its pictures/; returns the HTML file."""
     folder = Path(compare.dir)
     variants, real = collect(compare)
     pictures = folder / "pictures"
     curves = [("Flow-matching loss", draw_curves(variants, None, pictures / "flow.png"))]
-    aligned = [variant for variant in variants if variant.alignment.values]
-    if aligned:
-        curves.append(("Alignment loss, 1 - cos", draw_curves(aligned, "loss_alignment", pictures / "alignment.png")))
-    grids = [(variant.name, variant.folders[0] / "final.png") for variant in variants]
+    if any(variant.alignment.values for variant in variants):
+        curves.append(("Alignment loss, 1 - cos", draw_curves(variants, "loss_alignment", pictures / "alignment.png")))
+    grids = [(variant.name, pictures / f"samples_{slug(variant.name)}.png") for variant in variants]
+    for variant, (_, grid) in zip(variants, grids, strict=True):
+        shutil.copyfile(variant.folders[0] / "final.png", grid)
     seeds = len(compare.seeds)
     intro = (
         f"{len(variants)} systems, {seeds} seed{'s' * (seeds > 1)} each, {variants[0].rows[0][-1]['nimg']:,} images a "
@@ -38,12 +43,28 @@ def write_page(compare: Compare) -> Path:
         f"knows {real['classifier_accuracy']:.1%}, and two halves are a Fréchet distance of {real['frechet_real']:.1f} "
         "apart. Grids are of the first seed."
     )
+    if seeds > 1:
+        intro += f" Where nothing differs, {seeds} seeds agree by chance one time in {2 ** (seeds - 1)}."
+    intro += about_teacher(teacher_folder(compare) / REPORT)
     table = [row(variant) for variant in variants]
     reading = read(variants)
     (folder / "page.md").write_text(markdown(intro, table, reading, curves, grids, folder))
     out = folder / "page.html"
     out.write_text(page(intro, table, reading, curves, grids))
     return out
+
+
+def about_teacher(report: Path) -> str:
+    """What nearest neighbours found with the teacher that the comparison trained; empty where it trained none."""
+    if not report.is_file():
+        return ""
+    r = json.loads(report.read_text())
+    return (
+        f" The teacher was trained without labels on {r['trained_on']} of the images, in {r['seconds']:.0f} s that the "
+        f"speeds below leave out: {r['neighbours']} nearest neighbours find the class of {r['knn_class']:.1%} of "
+        f"{r['held_out']} others by its class tokens, {r['knn_patches']:.1%} by the mean of its patch tokens, "
+        f"{r['knn_pixels']:.1%} by pixels."
+    )
 
 
 def row(v: Variant) -> tuple[str, ...]:
@@ -63,57 +84,62 @@ def read(variants: Sequence[Variant]) -> list[str]:
     ]
 
 
-def versus(a: Variant, b: Variant) -> str:
-    """How a's Fréchet distance compares with b's, seed by seed; lower is better."""
-    lower = sum(x < y for x, y in zip(a.frechet.values, b.frechet.values, strict=True))
-    n = len(a.frechet.values)
-    means = f"{a.frechet.mean:.1f} against {b.frechet.mean:.1f}"
+def versus(a: Spread, b: Spread, form: str) -> str:
+    """How a quantity of one variant compares with another's, seed by seed."""
+    lower = sum(x < y for x, y in zip(a.values, b.values, strict=True))
+    higher = sum(x > y for x, y in zip(a.values, b.values, strict=True))
+    n = len(a.values)
+    means = f"{a.mean:{form}} against {b.mean:{form}}"
     if n == 1:
         return f"{means}, with one seed, which cannot tell a difference from chance"
-    if lower in (0, n):
+    if n in (lower, higher):
         return f"{'lower' if lower else 'higher'} with every one of {n} seeds ({means})"
-    return f"lower with {lower} of {n} seeds ({means}): no clear difference"
+    return f"lower with {lower} and higher with {higher} of {n} seeds ({means}): no clear difference"
+
+
+def _pixels(a: Variant, b: Variant) -> str:
+    return (
+        f"Fréchet distance {versus(a.frechet, b.frechet, '.1f')}; right class {versus(a.accuracy, b.accuracy, '.1%')}"
+    )
 
 
 def _alignment_helps(base: Variant, others: Sequence[Variant]) -> str:
     plain = [v for v in others if v.alignment.values and v.parameters == base.parameters]
     if not plain:
         return f"No variant is {base.name} with nothing but an alignment added."
-    return " ".join(
-        f"{v.name}: Fréchet distance {versus(v, base)}; right class {v.accuracy.mean:.1%} against "
-        f"{base.accuracy.mean:.1%}."
-        for v in plain
-    )
+    return " ".join(f"{v.name} against {base.name}: {_pixels(v, base)}." for v in plain)
 
 
 def _lower_alignment(variants: Sequence[Variant]) -> str:
+    """Every two aligned variants, that with the lower alignment loss first."""
     aligned = sorted((v for v in variants if v.alignment.values), key=lambda v: v.alignment.mean)
     if len(aligned) < 2:
         return "Fewer than two variants have an alignment loss."
-    order = ", ".join(f"{v.name} {v.alignment.mean:.3f}" for v in aligned)
-    best = min(aligned, key=lambda v: v.frechet.mean)
-    first = aligned[0]
-    if best is first:
-        said = f"{first.name} has the lowest alignment loss and also the lowest Fréchet distance of these"
-    else:
-        said = f"{first.name} has the lowest, but not the best pixels: its Fréchet distance is, against that of "
-        said += f"{best.name}, {versus(first, best)}"
-    return f"From low to high: {order}. {said}."
+    said = [
+        f"{a.name} against {b.name}: alignment loss {versus(a.alignment, b.alignment, '.3f')}; {_pixels(a, b)}."
+        for a, b in combinations(aligned, 2)
+    ]
+    return " ".join(said)
 
 
 def _cost(base: Variant, others: Sequence[Variant]) -> str:
     def cost(v: Variant) -> str:
-        time = base.images_per_second.mean / v.images_per_second.mean
-        return f"{v.name} {time:.2f} times its time an image and {v.parameters / base.parameters:.2f} times its weights"
+        pairs = zip(base.images_per_second.values, v.images_per_second.values, strict=True)
+        time = Spread(tuple(own / other for own, other in pairs)).text(".2f")
+        return f"{v.name} {time} times its time an image, {v.parameters / base.parameters:.2f} times its weights"
 
-    return f"Against {base.name} on this machine: " + "; ".join(cost(v) for v in others) + "."
+    return f"Against {base.name} on this machine, seed by seed: " + "; ".join(cost(v) for v in others) + "."
 
 
 def draw_curves(variants: Sequence[Variant], key: str | None, path: Path) -> Path:
-    """One line a variant, the mean of its seeds, in a band from the least to the greatest. key None: the flow loss."""
+    """One line a variant that has the loss, the mean of its seeds, in a band from the least to the greatest.
+
+    key: a column of the metrics, None for the flow-matching loss.
+    """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
     from pixelgen_fast.eval.curves import running_mean
 
@@ -121,6 +147,8 @@ def draw_curves(variants: Sequence[Variant], key: str | None, path: Path) -> Pat
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots()
     for number, variant in enumerate(variants):
+        if key and key not in variant.rows[0][-1]:
+            continue
         lines = []
         for rows in variant.rows:
             column = key or flow_key(rows)
@@ -133,8 +161,11 @@ def draw_curves(variants: Sequence[Variant], key: str | None, path: Path) -> Pat
         axes.fill_between(nimg, stack.min(axis=0), stack.max(axis=0), color=colour, alpha=0.15, linewidth=0)
     # the first steps are far above the rest and would flatten it
     late = [value for line in axes.lines for value in line.get_ydata()[len(line.get_ydata()) // 10 :]]
-    low, high = min(late), max(late)
-    axes.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
+    axes.set_yscale("log")
+    axes.set_ylim(0.95 * min(late), 1.05 * max(late))
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("images seen")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.2)

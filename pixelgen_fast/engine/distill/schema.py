@@ -12,6 +12,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pixelgen_fast.config import ConfigError, explain, read_layers
 
+REPORT = "report.json"  # in run.dir, what the teacher's judge found
+
 
 @dataclass
 class Run:

@@ -8,6 +8,7 @@ threads.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -22,7 +23,7 @@ from pixelgen_fast.data.index import position
 from pixelgen_fast.engine.distill.distillation import LOSSES, Distillation
 from pixelgen_fast.engine.distill.judge import Judge, load_images, split
 from pixelgen_fast.engine.distill.learner import ARCHITECTURE, Learner, network_kwargs
-from pixelgen_fast.engine.distill.schema import TeacherConfig
+from pixelgen_fast.engine.distill.schema import REPORT, TeacherConfig
 from pixelgen_fast.engine.memory import keep_freed_memory
 from pixelgen_fast.engine.metrics import Metrics
 from pixelgen_fast.engine.signals import StopRequest
@@ -30,7 +31,7 @@ from pixelgen_fast.eval.curves import read_metrics, save_curves
 from pixelgen_fast.models.teacher import save_teacher
 
 # What a stopped run leaves behind and the next one replaces.
-_OWN_FILES = {"teacher.yaml", "metrics.jsonl", "curves.png"}
+_OWN_FILES = {"teacher.yaml", "metrics.jsonl", "curves.png", REPORT}
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class TeacherReport:
 
 
 def train(config: TeacherConfig) -> TeacherReport:
-    """Train to the end, write <run.dir>/teacher for `load_dino`, and judge it.
+    """Train to the end, judge the teacher in <run.dir>/report.json, and write <run.dir>/teacher for `load_dino`.
 
     Raises ConfigError for settings that do not fit the data, ValueError for a folder that is in use, RuntimeError when
     a signal stopped it or a loss is not finite.
@@ -91,11 +92,7 @@ def train(config: TeacherConfig) -> TeacherReport:
         keys=("loss", "knn_class", "knn_patches"),
         title=f"{folder.name}: self-distillation, {config.log.neighbours} nearest neighbours",
     )
-    kwargs = network_kwargs(config)
-    with published_folder(folder / "teacher") as work:
-        mean, std = judge.mean.flatten().tolist(), judge.std.flatten().tolist()
-        save_teacher(work, teacher.network, architecture=ARCHITECTURE, kwargs=kwargs, mean=mean, std=std)
-    return TeacherReport(
+    report = TeacherReport(
         folder=str(folder / "teacher"),
         trained_on=len(kept),
         held_out=len(held),
@@ -105,6 +102,12 @@ def train(config: TeacherConfig) -> TeacherReport:
         seconds=time.perf_counter() - start,
         **judge(teacher),
     )
+    (folder / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n")
+    kwargs = network_kwargs(config)
+    with published_folder(folder / "teacher") as work:
+        mean, std = judge.mean.flatten().tolist(), judge.std.flatten().tolist()
+        save_teacher(work, teacher.network, architecture=ARCHITECTURE, kwargs=kwargs, mean=mean, std=std)
+    return report
 
 
 def _train(config: TeacherConfig, judge: Judge, folder: Path, device: torch.device, stop: StopRequest) -> Learner:
