@@ -46,6 +46,7 @@ def test_runs_once_and_writes_a_page_that_needs_no_other_file(config: Path, tmp_
     assert main(["compare", str(config), "seeds=[1]"]) == 0
     page = (tmp_path / "out" / "page.html").read_text()
     assert page.count("data:image/png;base64,") == 3  # the flow curves and two grids
+    assert "One seed cannot tell a difference from chance." in page
     assert 'src="' in page and "http" not in page
     for name in ("plain", "with_frequencies"):
         folder = tmp_path / "out" / name / "seed1"
@@ -118,7 +119,7 @@ def test_a_difference_counts_when_every_seed_shows_it() -> None:
     assert versus(higher, base, ".1f") == "higher with every one of 3 seeds (23.0 against 22.0)"
     assert versus(mixed, base, ".1f").startswith("lower with 1 and higher with 1 of 3 seeds")
     assert versus(base, base, ".1f").endswith("no clear difference")
-    assert "cannot tell" in versus(Spread((1.0,)), Spread((2.0,)), ".1f")
+    assert versus(Spread((1.0,)), Spread((2.0,)), ".1f") == "1.0 against 2.0 with one seed"
 
 
 def test_the_reading_says_when_a_lower_alignment_loss_has_worse_pixels() -> None:

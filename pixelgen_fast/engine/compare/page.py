@@ -45,6 +45,8 @@ def write_page(compare: Compare) -> Path:
     )
     if seeds > 1:
         intro += f" Where nothing differs, {seeds} seeds agree by chance one time in {2 ** (seeds - 1)}."
+    else:
+        intro += " One seed cannot tell a difference from chance."
     intro += about_teacher(teacher_folder(compare) / REPORT)
     table = [row(variant) for variant in variants]
     reading = read(variants)
@@ -91,7 +93,7 @@ def versus(a: Spread, b: Spread, form: str) -> str:
     n = len(a.values)
     means = f"{a.mean:{form}} against {b.mean:{form}}"
     if n == 1:
-        return f"{means}, with one seed, which cannot tell a difference from chance"
+        return f"{means} with one seed"
     if n in (lower, higher):
         return f"{'lower' if lower else 'higher'} with every one of {n} seeds ({means})"
     return f"lower with {lower} and higher with {higher} of {n} seeds ({means}): no clear difference"
