@@ -65,9 +65,12 @@ def keep_dino(folder: Path, config: cfg.Config) -> None:
 
 def with_kept_dino(config: cfg.Config, folder: Path) -> cfg.Config:
     """The configuration with model.weights the copy that `keep_dino` left in a folder, where there is one."""
-    if not hasattr(config.model, "dino") or not (folder / DINO).is_dir():
-        return config
-    return replace(config, model=replace(config.model, weights=str(folder / DINO)))
+    return _reading(config, str(folder / DINO)) if (folder / DINO).is_dir() else config
+
+
+def _reading(config: cfg.Config, weights: str) -> cfg.Config:
+    """The configuration with other weights of the DINO that its model is built on; the same where it has none."""
+    return replace(config, model=replace(config.model, weights=weights)) if hasattr(config.model, "dino") else config
 
 
 @dataclass
@@ -175,9 +178,8 @@ def export(
         raise GeneratorError(f"{folder}: exists and is not empty; choose another folder or remove it")
     folder.mkdir(parents=True, exist_ok=True)
     keep_dino(folder, config)
-    if hasattr(config.model, "dino"):
-        config = replace(config, model=replace(config.model, weights=DINO))
-    about = {"format": FORMAT, "weights": weights, "nimg": nimg, "classes": classes, "config": cfg.to_dict(config)}
+    settings = cfg.to_dict(_reading(config, DINO))
+    about = {"format": FORMAT, "weights": weights, "nimg": nimg, "classes": classes, "config": settings}
     save_file({name: value.contiguous() for name, value in state.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
 

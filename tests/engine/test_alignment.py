@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import timm
 import torch
 from golden_reference import relative
-from torch import Tensor, nn
+from small_teacher import write_teacher
+from torch import Tensor
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast.cli import main
@@ -21,7 +21,7 @@ from pixelgen_fast.engine import generator
 from pixelgen_fast.engine.alignment import FeatureAlignment, alignment_loss, build_alignment, resize_tokens
 from pixelgen_fast.engine.checkpoint import checkpoints, read_weights
 from pixelgen_fast.engine.features import FeatureCache
-from pixelgen_fast.models.teacher import Teacher, load_dino, save_teacher
+from pixelgen_fast.models.teacher import Teacher, load_dino
 
 DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
 V3 = "vit_small_patch16_dinov3"
@@ -45,19 +45,9 @@ def newest(folder: Path) -> Path:
     return checkpoints(folder / "checkpoints")[0]
 
 
-def write_teacher(folder: Path, seed: int) -> Path:
-    kwargs = dict(embed_dim=48, depth=2, num_heads=2, patch_size=4, img_size=16)
-    torch.manual_seed(seed)
-    network = timm.create_model(V3, num_classes=0, **kwargs)
-    for p in network.parameters():
-        nn.init.normal_(p, std=0.2)
-    save_teacher(folder, network, architecture=V3, kwargs=kwargs, mean=[0.5] * 3, std=[0.5] * 3)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_teacher(tmp_path_factory.mktemp("teachers") / "one", 0)
+    return write_teacher(tmp_path_factory.mktemp("teachers") / "one", V3, 0)
 
 
 @pytest.fixture(scope="module")
@@ -296,7 +286,7 @@ def test_damaged_rows_and_other_images_are_made_again(teacher_folder: Path, tmp_
 def test_a_cache_refuses_what_it_was_not_made_for(teacher_folder: Path, tmp_path: Path) -> None:
     index, folder = packed(tmp_path / "data"), tmp_path / "cache"
     FeatureCache(folder, Counted(teacher_folder), index, seed=0, size=16, crop="none")
-    other = Counted(write_teacher(tmp_path / "other", 1))
+    other = Counted(write_teacher(tmp_path / "other", V3, 1))
     with pytest.raises(cfg.ConfigError, match="filled for something else: teacher .* choose another folder"):
         FeatureCache(folder, other, index, seed=0, size=16, crop="none")
     relabelled = packed(tmp_path / "relabelled", classes=("a", "c"))

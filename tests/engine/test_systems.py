@@ -5,16 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import timm
 import torch
 from omegaconf import OmegaConf
-from torch import nn
+from small_teacher import write_teacher
 
 from pixelgen_fast import models
 from pixelgen_fast.cli import main
 from pixelgen_fast.engine import generator
 from pixelgen_fast.engine.checkpoint import checkpoints, read_weights
-from pixelgen_fast.models.teacher import save_teacher
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 V3 = "vit_small_patch16_dinov3_qkvb"
@@ -61,13 +59,7 @@ COMMON = OmegaConf.from_dotlist(
 
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
-    kwargs = dict(embed_dim=48, depth=2, num_heads=2, patch_size=4, img_size=16)
-    torch.manual_seed(0)
-    network = timm.create_model(V3, num_classes=0, **kwargs)
-    for p in network.parameters():
-        nn.init.normal_(p, std=0.2)
-    save_teacher(tmp_path / "teacher", network, architecture=V3, kwargs=kwargs, mean=[0.4] * 3, std=[0.3] * 3)
-    return tmp_path / "teacher"
+    return write_teacher(tmp_path / "teacher", V3)
 
 
 def write_config(path: Path, variant: str, teacher: Path) -> Path:
