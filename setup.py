@@ -8,6 +8,8 @@ so; `pixelgen kernels build` compiles csrc later.
 import re
 import runpy
 import sys
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -40,6 +42,18 @@ EXTRAS = {
 }
 
 
+def numpy_requirement() -> str:
+    """The interpreter of Triton 3.6, which runs the kernels on a CPU, fails with numpy 2.4 and later.
+
+    No marker speaks of another package's version. Triton comes with torch, which is there before this package is.
+    """
+    try:
+        old = tuple(map(int, installed("triton").split(".")[:2])) < (3, 7)
+    except PackageNotFoundError:
+        old = False
+    return "numpy<2.4" if old else "numpy"
+
+
 class BuildNative(build_ext):
     """Compile csrc with pixelgen_kernels/build.py, into the package, or beside its sources for an editable install."""
 
@@ -63,19 +77,19 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.11",
-    packages=[*find_packages(include=["pixelgen_fast*"]), "pixelgen_kernels", "pixelgen_kernels.csrc"],
+    packages=[*find_packages(include=["pixelgen_fast*"]), *find_packages("kernels"), "pixelgen_kernels.csrc"],
     package_dir={"pixelgen_kernels": "kernels/pixelgen_kernels", "pixelgen_kernels.csrc": "csrc"},
     package_data={
         "pixelgen_fast": ["py.typed"],
-        "pixelgen_kernels": ["py.typed"],
-        "pixelgen_kernels.csrc": ["*.cpp", "*.h", "cuda/*.cu"],
+        "pixelgen_kernels": ["py.typed", "tuned/*.json"],
+        "pixelgen_kernels.csrc": ["*.cpp", "*.h"],
     },
     ext_modules=[Extension("pixelgen_kernels._native", sources=["csrc/native.cpp"], optional=True)],
     cmdclass={"build_ext": BuildNative},
     install_requires=[
         "torch>=2.11",
         "triton>=3.6; platform_system == 'Linux'",
-        "numpy",
+        numpy_requirement(),
         "einops>=0.8",
         "deepspeed>=0.19",
         "omegaconf>=2.4",

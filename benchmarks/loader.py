@@ -4,7 +4,7 @@
 
 Makes JPEG images of one size (areas, texture, noise), then times each provider in turn, `--repeats` times, so that
 what else the machine does meets all alike. Prints a Markdown table (median, spread, start-up seconds to the first
-batch) and appends one JSON line to benchmarks/results/loader.jsonl.
+batch) and appends one JSON line to --out.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="decoder threads, and processes of the PIL DataLoader")
     parser.add_argument("--workers", type=int, default=1, help="reader processes")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--out", type=Path, default=RESULTS / "loader.jsonl")
     args = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
@@ -136,8 +137,9 @@ def main() -> None:
         spread = f"{min(rates[name]):.0f} to {max(rates[name]):.0f}"
         print(f"| {name} | {median:.0f} | {spread} | {median / base:.2f} | {first:.2f} |")
 
-    record = vars(args) | {"jpeg_bytes": mean_bytes, "images_per_s": rates, "first_batch_s": starts}
-    append(RESULTS / "loader.jsonl", record | machine(args.device))
+    record = {name: value for name, value in vars(args).items() if name != "out"}
+    record |= {"jpeg_bytes": mean_bytes, "images_per_s": rates, "first_batch_s": starts}
+    append(args.out, record | machine(args.device))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -16,17 +17,17 @@ import torch
 import triton
 
 RESULTS = Path(__file__).parent / "results"
+CARRIED = Path(__file__).parents[1] / ".gpu" / "commit"  # of a copy that is no repository (gpu/wheels.py)
 
 
 def machine(device: str = "cpu") -> dict[str, str]:
     """Date, processor or GPU with its threads, system, versions, commit."""
     name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{name}, {torch.get_num_threads()} threads" if device == "cpu" else name,
         "system": platform.platform(), "python": platform.python_version(), "torch": torch.__version__,
-        "triton": triton.__version__, "commit": commit.stdout.strip() or "unknown",
+        "triton": triton.__version__, "commit": _commit(),
     }  # fmt: skip
 
 
@@ -62,6 +63,14 @@ class MatrixPeak:
         for _ in range(repeats):
             self.best = min(self.best, seconds(lambda: self.a @ self.b))
         return 2 * self.size**3 / self.best
+
+
+def _commit() -> str:
+    if shutil.which("git"):
+        found = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent)
+        if found.returncode == 0:
+            return found.stdout.strip()
+    return CARRIED.read_text().strip() if CARRIED.exists() else "unknown"
 
 
 def _processor() -> str:

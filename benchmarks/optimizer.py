@@ -19,7 +19,7 @@ from unittest.mock import patch
 
 import torch
 from machine import RESULTS, append, machine, seconds, spread
-from pixelgen_kernels.library import VARIABLE
+from pixelgen_kernels.bodies import VARIABLE
 from torch import Tensor
 
 from pixelgen_fast.engine.optimizer import AdamWEMA

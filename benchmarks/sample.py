@@ -10,34 +10,48 @@ warm up.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from machine import RESULTS, append, machine, seconds, spread
-from pixelgen_kernels.library import VARIABLE
+from pixelgen_kernels.bodies import forced
 from tqdm import tqdm
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast.engine.generator import Generator, build_model, model_schema
 
 
+def fresh_generator(config: cfg.Config, device: str) -> Generator:
+    """The model of a configuration with fresh weights, in the precision that a run on the device trains it in."""
+    classes = [str(number) for number in range(config.data.num_classes or 10)]
+    model = build_model(config, len(classes)).to(device, torch.bfloat16 if device == "cuda" else torch.float32)
+    return Generator(model.eval(), config, classes, "raw", 0)
+
+
+def seconds_by_body(
+    generator: Generator, bodies: Sequence[str], images: int, steps: int, guidance: float, rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each round of drawing, which ends with the images in the host's memory; bodies take turns."""
+    labels = torch.arange(images) % len(generator.classes)
+    times: dict[str, list[float]] = {body: [] for body in bodies}
+    for number in tqdm(range(rounds + 1), unit="round"):
+        for body, values in times.items():
+            with forced(body):
+                elapsed = seconds(lambda: generator.draw(labels, steps=steps, guidance=guidance))
+            if number:
+                values.append(elapsed)
+    return times
+
+
 def main() -> int:
     args = _parser().parse_args()
     about = machine()
-    config = cfg.load(args.config, [], model_schema)
-    classes = [str(number) for number in range(config.data.num_classes or 10)]
-    generator = Generator(build_model(config, len(classes)).eval(), config, classes, "raw", 0)
-    labels = torch.arange(args.images) % len(classes)
-    times: dict[str, list[float]] = {body: [] for body in args.bodies.split(",")}
-    for number in tqdm(range(args.rounds + 1), unit="round"):
-        for body, values in times.items():
-            with patch.dict(os.environ, {VARIABLE: body}):
-                elapsed = seconds(lambda: generator.draw(labels, steps=args.steps, guidance=args.guidance))
-            if number:
-                values.append(elapsed)
+    generator = fresh_generator(cfg.load(args.config, [], model_schema), "cpu")
+    times = seconds_by_body(
+        generator, args.bodies.split(","), args.images, args.steps, args.guidance, args.rounds
+    )  # fmt: skip
     base = spread(next(iter(times.values())))[1]
     print(f"\n{about['machine']}; {args.config}, {args.images} images, {args.steps} steps, guidance {args.guidance}\n")
     print(f"| body | images/s, median (p20 to p80) | times faster than {next(iter(times))} |\n|---|--:|--:|")

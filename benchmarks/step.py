@@ -17,44 +17,37 @@ import argparse
 import os
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
-from unittest.mock import patch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
 from machine import RESULTS, MatrixPeak, append, machine, seconds, spread
-from pixelgen_kernels.library import VARIABLE
+from pixelgen_kernels.bodies import forced
 from torch.profiler import ProfilerActivity, profile
 from tqdm import tqdm
+from training import Training
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast.engine import zero
 from pixelgen_fast.engine.memory import keep_freed_memory
-from pixelgen_fast.engine.metrics import forward_flops
-from pixelgen_fast.engine.objective import FlowMatching
-from pixelgen_fast.engine.optimizer import AdamWEMA
 from pixelgen_fast.models import pixeldit
 
 WARM_UP, PROFILED, CLASSES = 3, 3, 10
 
 
-@dataclass(frozen=True)
-class Case:
-    """One configuration of the table: images of a step, their size, the model."""
-
-    batch: int
-    image: int
-    model: pixeldit.Config
-
-
-def _case(batch: int, image: int, patch: int, channels: int, heads: int, width: int, depth: int, pixels: int) -> Case:
-    config = pixeldit.Config(
+def _case(
+    batch: int, image: int, patch: int, channels: int, heads: int, width: int, depth: int, pixels: int
+) -> cfg.Config:
+    model = pixeldit.Config(
         hidden_size=width, num_heads=heads, patch_depth=depth, patch_size=patch, pixel_hidden_size=channels,
         pixel_depth=pixels,
     )  # fmt: skip
-    return Case(batch, image, config)
+    return cfg.Config(
+        model=model,
+        data=cfg.Data(image_size=image, num_classes=CLASSES),
+        train=cfg.Train(global_batch=batch, micro_batch=batch),
+    )
 
 
 CASES = {
@@ -73,59 +66,34 @@ PARTS = (
 )  # fmt: skip
 
 
-class Step:
-    """One configuration with one body of the operators: `step()` is a training step, as the trainer makes it."""
+def split(training: Training) -> dict[str, float]:
+    """Share of each part of a profiled step."""
+    with profile(activities=[ProfilerActivity.CPU]) as trace:
+        total = sum(seconds(training.step) for _ in range(PROFILED))
+    parts: dict[str, float] = defaultdict(float)
+    for event in trace.key_averages():
+        name = next((part for part, starts in PARTS if event.key.startswith(starts)), None)
+        if name:
+            parts[name] += event.self_cpu_time_total / 1e6 / total
+    return {name: parts[name] for name, _ in PARTS} | {"host": 1.0 - sum(parts.values())}
 
-    def __init__(self, case: Case, body: str) -> None:
-        self.body = body
-        with self.chosen(), torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = pixeldit.build(case.model, case.image, CLASSES)
-            self.images = torch.randint(0, 256, (case.batch, case.image, case.image, 3), dtype=torch.uint8)
-        self.labels, self.numbers = torch.arange(case.batch) % CLASSES, torch.arange(case.batch)
-        module = FlowMatching(model, cfg.Objective(), 0, null_class=CLASSES)
-        optimizer = AdamWEMA(module.parameters(), lr=1e-4, ema_decays=(0.9999,), clip_norm=1.0)
-        self.engine = zero.ZeroEngine(module, optimizer, stage=1, micro_batch=case.batch)
 
-    def chosen(self) -> patch.dict:
-        return patch.dict(os.environ, {VARIABLE: self.body})
+def saved_bytes(training: Training) -> int:
+    """Bytes per image of the tensors that autograd keeps for backward, each storage once, weights left out."""
+    weights = {p.untyped_storage()._cdata for p in training.module.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
 
-    def step(self) -> None:
-        loss = self.engine(self.images, self.labels, self.numbers)
-        self.engine.backward(loss)
-        self.engine.step()
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage
+        return tensor
 
-    def seconds(self) -> float:
-        with self.chosen():
-            return seconds(self.step)
-
-    def split(self) -> dict[str, float]:
-        """Share of each part of a profiled step."""
-        with self.chosen(), profile(activities=[ProfilerActivity.CPU]) as trace:
-            total = sum(seconds(self.step) for _ in range(PROFILED))
-        parts: dict[str, float] = defaultdict(float)
-        for event in trace.key_averages():
-            name = next((part for part, starts in PARTS if event.key.startswith(starts)), None)
-            if name:
-                parts[name] += event.self_cpu_time_total / 1e6 / total
-        return {name: parts[name] for name, _ in PARTS} | {"host": 1.0 - sum(parts.values())}
-
-    def saved_bytes(self) -> int:
-        """Bytes per image of the tensors that autograd keeps for backward, each storage once, weights left out."""
-        weights = {p.untyped_storage()._cdata for p in self.engine.module.parameters()}
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                kept[storage._cdata] = storage
-            return tensor
-
-        with self.chosen(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = self.engine.module(self.images, self.labels, self.numbers)
-        size = sum(storage.nbytes() for storage in kept.values())
-        del loss
-        return size // len(self.images)
+    with forced(training.body), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = training.module(training.images, training.labels, training.numbers)
+    size = sum(storage.nbytes() for storage in kept.values())
+    del loss
+    return size // len(training.images)
 
 
 def main() -> int:
@@ -136,14 +104,11 @@ def main() -> int:
     peak.measure(6)
     rows = []
     for name in args.configs.split(","):
-        case = CASES[name]
-        with torch.device("meta"):
-            flops = 3 * case.batch * forward_flops(pixeldit.build(case.model, case.image, CLASSES), case.image)
-        steps = {body: Step(case, body) for body in args.bodies.split(",")}
+        steps = {body: Training(CASES[name], "cpu", body) for body in args.bodies.split(",")}
         times: dict[str, list[float]] = {body: [] for body in steps}
         for number in tqdm(range(WARM_UP + args.steps), desc=name, unit="round"):
             for body, step in steps.items():
-                elapsed = step.seconds()
+                elapsed = seconds(step.step)
                 if number >= WARM_UP:
                     times[body].append(elapsed)
             peak.measure()
@@ -151,9 +116,9 @@ def main() -> int:
             low, median, high = spread(times[body])
             rows.append(
                 {
-                    "config": name, "body": body, "batch": case.batch, "flops_per_step": flops,
-                    "p20": low, "p50": median, "p80": high, "images_per_s": case.batch / median,
-                    "saved_bytes_per_image": step.saved_bytes(), "split": step.split(),
+                    "config": name, "body": body, "batch": len(step.images), "flops_per_step": step.flops,
+                    "p20": low, "p50": median, "p80": high, "images_per_s": len(step.images) / median,
+                    "saved_bytes_per_image": saved_bytes(step), "split": split(step),
                 }
             )  # fmt: skip
     best = peak.measure()

@@ -4,9 +4,9 @@
 //
 //     dV = P^T dO,  dP = dO V^T,  dS = s P * (dP - sum_d dO * O),  dQ = dS K,  dK = dS^T Q
 //
-// A task is one head of one image. Its scores stay in the second-level cache, so that nothing is streamed in blocks, and
-// K and V are transposed once where a product wants their columns. Backward computes P again from lse. PyTorch's kernel
-// cuts queries and keys into blocks of hundreds, which costs several times more at 16 or 64 tokens.
+// A task is one head of one image. Its scores stay in the second-level cache, so that nothing is streamed in blocks,
+// and K and V are transposed once where a product wants their columns. Backward computes P again from lse. PyTorch's
+// kernel cuts queries and keys into blocks of hundreds, which costs several times more at 16 or 64 tokens.
 // Shapes: q, k, v, out [B, L, H, d], d a multiple of LANES; lse [B, H, L]. Twin of attention_reference in attention.py.
 #include "operator.h"
 #include "small_product.h"
@@ -90,7 +90,8 @@ int64_t padded_length(int64_t L) { return ceil_div(L, 16) * 16; }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v) {
   const int64_t B = q.size(0), L = q.size(1), H = q.size(2), d = q.size(3), padded = padded_length(L);
-  TORCH_CHECK_VALUE(d % LANES == 0 && q.scalar_type() == at::kFloat, "attention: float32 heads of a multiple of ", LANES);
+  TORCH_CHECK_VALUE(
+      d % LANES == 0 && q.scalar_type() == at::kFloat, "attention: float32 heads of a multiple of ", LANES);
   Tensor out = at::empty({B, L, H, d}, q.options()), lse = at::empty({B, H, L}, q.options());
   float *po = out.data_ptr<float>(), *pl = lse.data_ptr<float>();
   for_chunks(L ? B * H : 0, 1, L * (2 * d + padded), [&](int64_t n, int64_t, int64_t) {

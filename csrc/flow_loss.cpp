@@ -1,14 +1,14 @@
 // The end of the pixel head and its loss: RMSNorm, projection of every pixel to 3 channels, squared error per image.
 //
-//     prediction = W (n * norm) + b,   n = x r,   r = 1 / sqrt(mean_C(x^2) + eps)
+//     prediction = W (n * norm_weight) + b,   n = x r,   r = 1 / sqrt(mean_C(x^2) + eps)
 //     loss_i     = weight_i mean_{L, P, 3} (prediction - target)^2          over the pixels of image i
 //
 //     d  = 2 dloss_i weight_i / (3 L P) (prediction - target)               [N, P, 3], never in memory
-//     u  = norm * (d W),   dx = r (u - n mean_C(u n))
-//     S  = sum_pixels d^T n,   dW = S * norm,   dnorm = sum_3 W * S,   db = sum_pixels d
+//     u  = norm_weight * (d W),   dx = r (u - n mean_C(u n))
+//     S  = sum_pixels d^T n,   dW = S * norm_weight,   dnorm_weight = sum_3 W * S,   db = sum_pixels d
 //
-// Rows of W times norm are made once. A chunk of pixels of one image has its partial sums. Twin of flow_loss.py.
-// Shapes: x [N, P, C] with N = B L; norm [C]; W [3, C]; b [3]; target [N, P, 3]; weight, loss float32 [B].
+// Rows of W times norm_weight are made once. A chunk of pixels of one image has its partial sums. Twin of flow_loss.py.
+// Shapes: x [N, P, C] with N = B L; norm_weight [C]; W [3, C]; b [3]; target [N, P, 3]; weight, loss float32 [B].
 #include "operator.h"
 
 namespace pixelgen {
@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t LOSS_PIXELS = 512;  // of a chunk
 
-// Three channels of prediction - target of one pixel; w is W * norm.
+// Three channels of prediction - target of one pixel; w is W * norm_weight.
 INLINE void pixel_error(
     const float* RESTRICT x, const float* RESTRICT w, const float* RESTRICT b, const float* RESTRICT target, float eps,
     int64_t C, float& r, float error[3]) {
@@ -100,10 +100,10 @@ MULTIVERSION void flow_loss_bwd(
 }
 
 Tensor flow_loss(
-    const Tensor& x_, const Tensor& norm_, const Tensor& w_, const Tensor& b_, const Tensor& target_,
+    const Tensor& x_, const Tensor& norm_weight_, const Tensor& w_, const Tensor& b_, const Tensor& target_,
     const Tensor& weight_, double eps) {
   const Tensor x = in_float(x_), b = in_float(b_), target = in_float(target_), weight = in_float(weight_),
-               w = in_float(w_.to(at::kFloat) * norm_.to(at::kFloat));
+               w = in_float(w_.to(at::kFloat) * norm_weight_.to(at::kFloat));
   const int64_t B = weight.size(0), C = x.size(2), pixels = B ? x.size(0) / B * x.size(1) : 0;
   const int64_t chunks = ceil_div(pixels, LOSS_PIXELS);
   Tensor partial = at::empty({B, chunks}, x.options());
@@ -119,10 +119,10 @@ Tensor flow_loss(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> flow_loss_backward(
-    const Tensor& dloss, const Tensor& x_, const Tensor& norm_, const Tensor& w_, const Tensor& b_,
+    const Tensor& dloss, const Tensor& x_, const Tensor& norm_weight_, const Tensor& w_, const Tensor& b_,
     const Tensor& target_, const Tensor& weight_, double eps) {
-  const Tensor norm = in_float(norm_), plain = in_float(w_);
-  const Tensor x = in_float(x_), b = in_float(b_), target = in_float(target_), w = plain * norm;
+  const Tensor norm_weight = in_float(norm_weight_), plain = in_float(w_);
+  const Tensor x = in_float(x_), b = in_float(b_), target = in_float(target_), w = plain * norm_weight;
   const int64_t B = weight_.size(0), C = x.size(2), pixels = B ? x.size(0) / B * x.size(1) : 0;
   const int64_t chunks = ceil_div(pixels, LOSS_PIXELS);
   const Tensor factor = in_float(dloss * weight_ * (2.0 / std::max<int64_t>(3 * pixels, 1)));
@@ -139,33 +139,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> flow_loss_backward(
   });
   const Tensor total = sum_partials(partial), s = total.slice(0, 0, 3 * C).view({3, C});
   return {
-      dx.to(x_.scalar_type()), (plain * s).sum(0).to(norm_.scalar_type()), (norm * s).to(w_.scalar_type()),
-      total.slice(0, 3 * C).clone().to(b_.scalar_type())};
+      dx.to(x_.scalar_type()), (plain * s).sum(0).to(norm_weight_.scalar_type()),
+      (norm_weight * s).to(w_.scalar_type()), total.slice(0, 3 * C).clone().to(b_.scalar_type())};
 }
 
 struct FlowLoss : torch::autograd::Function<FlowLoss> {
   static Tensor forward(
-      AutogradContext* ctx, const Tensor& x, const Tensor& norm, const Tensor& w, const Tensor& b,
+      AutogradContext* ctx, const Tensor& x, const Tensor& norm_weight, const Tensor& w, const Tensor& b,
       const Tensor& target, const Tensor& weight, double eps) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({x, norm, w, b, target, weight});
+    ctx->save_for_backward({x, norm_weight, w, b, target, weight});
     ctx->saved_data["eps"] = eps;
     static const auto run = op<decltype(flow_loss)>("pixelgen::flow_loss");
-    return run.call(x, norm, w, b, target, weight, eps);
+    return run.call(x, norm_weight, w, b, target, weight, eps);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto s = ctx->get_saved_variables();
     static const auto run = op<decltype(flow_loss_backward)>("pixelgen::flow_loss_backward");
-    auto [dx, dnorm, dw, db] = run.call(grads[0], s[0], s[1], s[2], s[3], s[4], s[5], ctx->saved_data["eps"].toDouble());
-    return {dx, dnorm, dw, db, Tensor(), Tensor(), Tensor()};
+    auto [dx, dnorm_weight, dw, db] =
+        run.call(grads[0], s[0], s[1], s[2], s[3], s[4], s[5], ctx->saved_data["eps"].toDouble());
+    return {dx, dnorm_weight, dw, db, Tensor(), Tensor(), Tensor()};
   }
 };
 
 Tensor flow_loss_autograd(
-    const Tensor& x, const Tensor& norm, const Tensor& w, const Tensor& b, const Tensor& target, const Tensor& weight,
-    double eps) {
-  return FlowLoss::apply(x, norm, w, b, target, weight, eps);
+    const Tensor& x, const Tensor& norm_weight, const Tensor& w, const Tensor& b, const Tensor& target,
+    const Tensor& weight, double eps) {
+  return FlowLoss::apply(x, norm_weight, w, b, target, weight, eps);
 }
 
 TORCH_LIBRARY_IMPL(pixelgen, CPU, m) {

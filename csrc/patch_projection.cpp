@@ -56,7 +56,7 @@ MULTIVERSION void noise_row(
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> patch_projection(
+std::tuple<Tensor, Tensor, Tensor, Tensor> noised_patch_projection(
     const Tensor& image, const Tensor& numbers, const Tensor& t_, const Tensor& weight_, const Tensor& bias_,
     int64_t patch, int64_t seed, double noise_scale) {
   const bool bytes = image.scalar_type() == at::kByte;
@@ -97,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> patch_projection(
 }
 
 // dW | dbias in one tensor [D K + D].
-Tensor patch_projection_backward(
+Tensor noised_patch_projection_backward(
     const Tensor& dtokens_, const Tensor& features_, const Tensor& weight, const Tensor& bias) {
   const Tensor dtokens = in_float(dtokens_).flatten(0, 1), features = in_float(features_).flatten(0, 1);
   const int64_t D = weight.size(0), K = weight.size(1);
@@ -108,12 +108,12 @@ Tensor patch_projection_backward(
   return packed.to(weight.scalar_type() == bias.scalar_type() ? weight.scalar_type() : at::kFloat);
 }
 
-struct PatchProjection : torch::autograd::Function<PatchProjection> {
+struct NoisedPatchProjection : torch::autograd::Function<NoisedPatchProjection> {
   static variable_list forward(
       AutogradContext* ctx, const Tensor& image, const Tensor& numbers, const Tensor& t, const Tensor& weight,
       const Tensor& bias, int64_t patch, int64_t seed, double noise_scale) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    static const auto run = op<decltype(patch_projection)>("pixelgen::patch_projection");
+    static const auto run = op<decltype(noised_patch_projection)>("pixelgen::noised_patch_projection");
     auto [tokens, pixels, target, features] = run.call(image, numbers, t, weight, bias, patch, seed, noise_scale);
     ctx->save_for_backward({features, weight, bias});
     ctx->set_materialize_grads(false);
@@ -126,7 +126,8 @@ struct PatchProjection : torch::autograd::Function<PatchProjection> {
     if (!grads[0].defined()) return {none, none, none, none, none, none, none, none};
     const auto saved = ctx->get_saved_variables();
     const Tensor &weight = saved[1], &bias = saved[2];
-    static const auto run = op<decltype(patch_projection_backward)>("pixelgen::patch_projection_backward");
+    static const auto run =
+        op<decltype(noised_patch_projection_backward)>("pixelgen::noised_patch_projection_backward");
     const Tensor packed = run.call(grads[0].contiguous(), saved[0], weight, bias);
     const auto parts = packed.split_with_sizes({weight.numel(), bias.numel()});
     const Tensor dweight = parts[0].view_as(weight).to(weight.scalar_type()), dbias = parts[1].to(bias.scalar_type());
@@ -134,20 +135,20 @@ struct PatchProjection : torch::autograd::Function<PatchProjection> {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> patch_projection_autograd(
+std::tuple<Tensor, Tensor, Tensor, Tensor> noised_patch_projection_autograd(
     const Tensor& image, const Tensor& numbers, const Tensor& t, const Tensor& weight, const Tensor& bias,
     int64_t patch, int64_t seed, double noise_scale) {
-  const auto out = PatchProjection::apply(image, numbers, t, weight, bias, patch, seed, noise_scale);
+  const auto out = NoisedPatchProjection::apply(image, numbers, t, weight, bias, patch, seed, noise_scale);
   return {out[0], out[1], out[2], out[3]};
 }
 
 TORCH_LIBRARY_IMPL(pixelgen, CPU, m) {
-  m.impl("patch_projection", patch_projection);
-  m.impl("patch_projection_backward", patch_projection_backward);
+  m.impl("noised_patch_projection", noised_patch_projection);
+  m.impl("noised_patch_projection_backward", noised_patch_projection_backward);
 }
 TORCH_LIBRARY_IMPL(pixelgen, AutogradCPU, m) {
-  m.impl("patch_projection", patch_projection_autograd);
-  m.impl("patch_projection_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("noised_patch_projection", noised_patch_projection_autograd);
+  m.impl("noised_patch_projection_backward", torch::autograd::autogradNotImplementedFallback());
 }
 
 }  // namespace

@@ -8,7 +8,7 @@ namespace {
 constexpr int64_t WORDS_IMAGES = 64;  // of a chunk
 
 // numbers: int64 [B]. Returns int64 [B, count] with values in [0, 2^32).
-Tensor random_words(int64_t seed, const Tensor& numbers_, int64_t stream, int64_t count) {
+Tensor random_words(const Tensor& numbers_, int64_t seed, int64_t stream, int64_t count) {
   const Tensor numbers = numbers_.contiguous();
   const int64_t B = numbers.size(0);
   Tensor words = at::empty({B, count}, numbers.options());
@@ -29,10 +29,8 @@ Tensor random_words(int64_t seed, const Tensor& numbers_, int64_t stream, int64_
   return words;
 }
 
-TORCH_LIBRARY_FRAGMENT(pixelgen_native, m) {
-  m.def("random_words(int seed, Tensor numbers, int stream, int count) -> Tensor");
-}
-TORCH_LIBRARY_IMPL(pixelgen_native, CPU, m) { m.impl("random_words", random_words); }
+TORCH_LIBRARY_IMPL(pixelgen, CPU, m) { m.impl("random_words", random_words); }
+TORCH_LIBRARY_IMPL(pixelgen, AutogradCPU, m) { m.impl("random_words", torch::CppFunction::makeFallthrough()); }
 
 }  // namespace
 }  // namespace pixelgen

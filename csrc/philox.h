@@ -62,8 +62,8 @@ INLINE float log_approx(float x) {
 // sin(2 pi a) for |a| <= 1/4
 INLINE float sine(float a) {
   const float s = a * a;
-  return a * (((((-14.337024388f * s + 41.999989776f) * s - 76.703667824f) * s + 81.605209431f) * s - 41.341701930f) * s +
-              6.2831853065f);
+  const float p = (((-14.337024388f * s + 41.999989776f) * s - 76.703667824f) * s + 81.605209431f) * s - 41.341701930f;
+  return a * (p * s + 6.2831853065f);
 }
 
 // Two normal numbers from two words.

@@ -1,18 +1,18 @@
 // The per-pixel half of a pixel block: residual of the attention branch, norm, modulation, MLP, residual.
 //
 //     gated   m = x + gate1 * e                       modulation = (gate1 | shift2 | scale2 | gate2)
-//             y = m + gate2 * MLP(n * weight * (1 + scale2) + shift2)
+//             y = m + gate2 * MLP(n * norm_weight * (1 + scale2) + shift2)
 //     post    m = x + (1 + scale1) * e + shift1       modulation = (scale1 | shift1 | scale2 | shift2)
-//             y = m + (1 + scale2) * MLP(n * weight) + shift2
+//             y = m + (1 + scale2) * MLP(n * norm_weight) + shift2
 //     n = m r,  r = 1 / sqrt(mean_C(m^2) + eps)       MLP(h) = W2 gelu(u) + b2,  u = W1 h + b1
 //
 //     do = dy * gate2,  du = (do W2) * gelu'(u),  dh = du W1,  dW2 = sum do^T gelu(u),  dW1 = sum du^T h
-//     dn = dh * weight * (1 + scale2),   dm = dy + r (dn - n mean_C(dn n)) = dx,   de = dm * gate1,   dgate1 = dm * e
-//     dscale2 = dh * n * weight,  dshift2 = dh,  dgate2 = dy * MLP(h)            (gated; post likewise)
+//     dn = dh * norm_weight * (1 + scale2),  dm = dy + r (dn - n mean_C(dn n)) = dx,  de = dm * gate1,  dgate1 = dm * e
+//     dscale2 = dh * n * norm_weight,  dshift2 = dh,  dgate2 = dy * MLP(h)            (gated; post likewise)
 //
-// A tile of pixels goes through all of it in the first-level cache (small_product.h). Backward computes the hidden layer
-// again. A chunk of pixels has its partial sums of the weights' gradients. Twin of pixel_mlp.py.
-// Shapes: x, e, y [N, P, C]; modulation [N, P, 4 C]; norm weight [C]; W1 [F, C]; b1 [F]; W2 [C, F]; b2 [C]; M = N P.
+// A tile of pixels goes through all of it in the first-level cache (small_product.h). Backward computes the hidden
+// layer again. A chunk of pixels has its partial sums of the weights' gradients. Twin of pixel_mlp.py.
+// Shapes: x, e, y [N, P, C]; modulation [N, P, 4 C]; norm_weight [C]; W1 [F, C]; b1 [F]; W2 [C, F]; b2 [C]; M = N P.
 #include "operator.h"
 #include "small_product.h"
 #include "vector_math.h"
@@ -21,6 +21,7 @@ namespace pixelgen {
 namespace {
 
 constexpr int64_t TILE = 16, MLP_PIXELS = 1024;  // pixels of a tile, of a chunk
+
 // Rows of N packed columns, N a constant where it is not 0.
 template <int N>
 INLINE void rows_product(
@@ -44,7 +45,7 @@ struct Weights {
   int64_t C, F;
   bool post, tanh;
   float eps;
-  const float *norm, *w1, *b1, *w2, *b2;  // W1 [F, C], W2 [C, F]
+  const float *norm_weight, *w1, *b1, *w2, *b2;  // W1 [F, C], W2 [C, F]
   const float *w1t, *w2t;                 // [C, F], [F, C]
 };
 
@@ -60,16 +61,35 @@ INLINE void enter(
     float* RESTRICT n, float* RESTRICT h, float& r) {
   const int64_t C = CHANNELS ? CHANNELS : w.C;
   float square = 0.0f;
+  if (w.post) {
+    const float *RESTRICT scale1 = mod, *RESTRICT shift1 = mod + C;
 #pragma omp simd reduction(+ : square)
-  for (int64_t c = 0; c < C; c++) {
-    m[c] = w.post ? x[c] + (1.0f + mod[c]) * e[c] + mod[C + c] : x[c] + mod[c] * e[c];
-    square += m[c] * m[c];
+    for (int64_t c = 0; c < C; c++) {
+      m[c] = x[c] + (1.0f + scale1[c]) * e[c] + shift1[c];
+      square += m[c] * m[c];
+    }
+  } else {
+    const float* RESTRICT gate1 = mod;
+#pragma omp simd reduction(+ : square)
+    for (int64_t c = 0; c < C; c++) {
+      m[c] = x[c] + gate1[c] * e[c];
+      square += m[c] * m[c];
+    }
   }
   r = 1.0f / std::sqrt(square / C + w.eps);
+  if (w.post) {
 #pragma omp simd
-  for (int64_t c = 0; c < C; c++) {
-    n[c] = m[c] * r;
-    h[c] = w.post ? n[c] * w.norm[c] : n[c] * w.norm[c] * (1.0f + mod[2 * C + c]) + mod[C + c];
+    for (int64_t c = 0; c < C; c++) {
+      n[c] = m[c] * r;
+      h[c] = n[c] * w.norm_weight[c];
+    }
+  } else {
+    const float *RESTRICT shift2 = mod + C, *RESTRICT scale2 = mod + 2 * C;
+#pragma omp simd
+    for (int64_t c = 0; c < C; c++) {
+      n[c] = m[c] * r;
+      h[c] = n[c] * w.norm_weight[c] * (1.0f + scale2[c]) + shift2[c];
+    }
   }
 }
 
@@ -78,7 +98,8 @@ INLINE void pixel_mlp_fwd_tile(
     const Weights& w, const float* x, const float* e, const float* mod, float* y, const Tile& t, int64_t count) {
   const int64_t c_end = C ? C : w.C, f_end = F ? F : w.F;
   for (int64_t i = 0; i < count; i++) {
-    enter<C>(w, x + i * c_end, e + i * c_end, mod + 4 * i * c_end, t.m + i * c_end, t.n + i * c_end, t.h + i * c_end, t.r[i]);
+    const int64_t at = i * c_end;
+    enter<C>(w, x + at, e + at, mod + 4 * at, t.m + at, t.n + at, t.h + at, t.r[i]);
   }
   rows_product<F>(count, f_end, t.h, c_end, 1, w.w1t, c_end, w.b1, 0, t.u);
   if (w.tanh) {
@@ -90,19 +111,24 @@ INLINE void pixel_mlp_fwd_tile(
   }
   rows_product<C>(count, c_end, t.g, f_end, 1, w.w2t, f_end, w.b2, 0, t.o);
   for (int64_t i = 0; i < count; i++) {
-    const float *RESTRICT slot = mod + 4 * i * c_end, *RESTRICT m = t.m + i * c_end, *RESTRICT o = t.o + i * c_end;
-    float* RESTRICT out = y + i * c_end;
+    const int64_t at = i * c_end;
+    const float *RESTRICT m = t.m + at, *RESTRICT o = t.o + at, *RESTRICT mod_i = mod + 4 * at;
+    float* RESTRICT out = y + at;
+    if (w.post) {
+      const float *RESTRICT scale2 = mod_i + 2 * c_end, *RESTRICT shift2 = mod_i + 3 * c_end;
 #pragma omp simd
-    for (int64_t c = 0; c < c_end; c++) {
-      const float slot2 = slot[2 * c_end + c], slot3 = slot[3 * c_end + c];
-      out[c] = w.post ? m[c] + (1.0f + slot2) * o[c] + slot3 : m[c] + slot3 * o[c];
+      for (int64_t c = 0; c < c_end; c++) out[c] = m[c] + (1.0f + scale2[c]) * o[c] + shift2[c];
+    } else {
+      const float* RESTRICT gate2 = mod_i + 3 * c_end;
+#pragma omp simd
+      for (int64_t c = 0; c < c_end; c++) out[c] = m[c] + gate2[c] * o[c];
     }
   }
 }
 
-// Gradients of the weights of a chunk, added to: norm [C], W1^T [C, F], b1 [F], W2 [C, F], b2 [C].
+// Gradients of the weights of a chunk, added to: norm_weight [C], W1^T [C, F], b1 [F], W2 [C, F], b2 [C].
 struct Sums {
-  float *norm, *w1t, *b1, *w2, *b2;
+  float *norm_weight, *w1t, *b1, *w2, *b2;
 };
 
 template <int C, int F>
@@ -111,14 +137,21 @@ INLINE void pixel_mlp_bwd_tile(
     float* dmod, const Sums& sums, const Tile& t, float* d_o, float* dh, float* slope, int64_t count) {
   const int64_t c_end = C ? C : w.C, f_end = F ? F : w.F;
   for (int64_t i = 0; i < count; i++) {
-    const float *RESTRICT slot = mod + 4 * i * c_end, *RESTRICT grad = dy + i * c_end;
-    enter<C>(w, x + i * c_end, e + i * c_end, slot, t.m + i * c_end, t.n + i * c_end, t.h + i * c_end, t.r[i]);
-    float *RESTRICT to = d_o + i * c_end, *RESTRICT sum = sums.b2;
+    const int64_t at = i * c_end;
+    const float *RESTRICT grad = dy + at, *RESTRICT mod_i = mod + 4 * at;
+    float *RESTRICT to = d_o + at, *RESTRICT sum = sums.b2;
+    enter<C>(w, x + at, e + at, mod_i, t.m + at, t.n + at, t.h + at, t.r[i]);
+    if (w.post) {
+      const float* RESTRICT scale2 = mod_i + 2 * c_end;
 #pragma omp simd
-    for (int64_t c = 0; c < c_end; c++) {
-      to[c] = grad[c] * (w.post ? 1.0f + slot[2 * c_end + c] : slot[3 * c_end + c]);
-      sum[c] += to[c];
+      for (int64_t c = 0; c < c_end; c++) to[c] = grad[c] * (1.0f + scale2[c]);
+    } else {
+      const float* RESTRICT gate2 = mod_i + 3 * c_end;
+#pragma omp simd
+      for (int64_t c = 0; c < c_end; c++) to[c] = grad[c] * gate2[c];
     }
+#pragma omp simd
+    for (int64_t c = 0; c < c_end; c++) sum[c] += to[c];
   }
   // u, then g = gelu(u) and its slope
   rows_product<F>(count, f_end, t.h, c_end, 1, w.w1t, c_end, w.b1, 0, t.u);
@@ -153,28 +186,44 @@ INLINE void pixel_mlp_bwd_tile(
   // through the modulation, the norm and the residual
   for (int64_t i = 0; i < count; i++) {
     const int64_t at = i * c_end;
-    const float *RESTRICT slot = mod + 4 * at, *RESTRICT grad = dy + at, *RESTRICT n = t.n + at, *RESTRICT o = t.o + at,
-                *RESTRICT dh_i = dh + at, *RESTRICT e_i = e + at;
-    float *RESTRICT dslot = dmod + 4 * at, *RESTRICT dx_i = dx + at, *RESTRICT de_i = de + at,
-          *RESTRICT sum = sums.norm;
+    const float *RESTRICT grad = dy + at, *RESTRICT n = t.n + at, *RESTRICT o = t.o + at, *RESTRICT dh_i = dh + at,
+                *RESTRICT e_i = e + at, *RESTRICT mod_i = mod + 4 * at, *RESTRICT scale2 = mod_i + 2 * c_end;
+    float *RESTRICT dx_i = dx + at, *RESTRICT de_i = de + at, *RESTRICT dmod_i = dmod + 4 * at,
+          *RESTRICT dscale2 = dmod_i + 2 * c_end, *RESTRICT sum = sums.norm_weight;
     float dot = 0.0f;
 #pragma omp simd reduction(+ : dot)
     for (int64_t c = 0; c < c_end; c++) {
-      const float factor = w.post ? 1.0f : 1.0f + slot[2 * c_end + c];
+      const float factor = w.post ? 1.0f : 1.0f + scale2[c];
       sum[c] += dh_i[c] * factor * n[c];
-      dot += dh_i[c] * w.norm[c] * factor * n[c];
+      dot += dh_i[c] * w.norm_weight[c] * factor * n[c];
     }
     const float mean = dot / c_end, r = t.r[i];
+    if (w.post) {
+      const float* RESTRICT scale1 = mod_i;
+      float *RESTRICT dscale1 = dmod_i, *RESTRICT dshift1 = dmod_i + c_end, *RESTRICT dshift2 = dmod_i + 3 * c_end;
 #pragma omp simd
-    for (int64_t c = 0; c < c_end; c++) {
-      const float factor = w.post ? 1.0f : 1.0f + slot[2 * c_end + c];
-      const float dm = grad[c] + r * (dh_i[c] * w.norm[c] * factor - n[c] * mean);
-      dx_i[c] = dm;
-      de_i[c] = dm * (w.post ? 1.0f + slot[c] : slot[c]);
-      dslot[c] = dm * e_i[c];
-      dslot[c_end + c] = w.post ? dm : dh_i[c];
-      dslot[2 * c_end + c] = w.post ? grad[c] * o[c] : dh_i[c] * n[c] * w.norm[c];
-      dslot[3 * c_end + c] = w.post ? grad[c] : grad[c] * o[c];
+      for (int64_t c = 0; c < c_end; c++) {
+        const float dm = grad[c] + r * (dh_i[c] * w.norm_weight[c] - n[c] * mean);
+        dx_i[c] = dm;
+        de_i[c] = dm * (1.0f + scale1[c]);
+        dscale1[c] = dm * e_i[c];
+        dshift1[c] = dm;
+        dscale2[c] = grad[c] * o[c];
+        dshift2[c] = grad[c];
+      }
+    } else {
+      const float* RESTRICT gate1 = mod_i;
+      float *RESTRICT dgate1 = dmod_i, *RESTRICT dshift2 = dmod_i + c_end, *RESTRICT dgate2 = dmod_i + 3 * c_end;
+#pragma omp simd
+      for (int64_t c = 0; c < c_end; c++) {
+        const float dm = grad[c] + r * (dh_i[c] * w.norm_weight[c] * (1.0f + scale2[c]) - n[c] * mean);
+        dx_i[c] = dm;
+        de_i[c] = dm * gate1[c];
+        dgate1[c] = dm * e_i[c];
+        dshift2[c] = dh_i[c];
+        dscale2[c] = dh_i[c] * n[c] * w.norm_weight[c];
+        dgate2[c] = grad[c] * o[c];
+      }
     }
   }
 }
@@ -233,23 +282,23 @@ MULTIVERSION void pixel_mlp_bwd(
 // The weights in float32 and, for the products, transposed; holds the memory that `view` points into.
 struct OwnedWeights {
   OwnedWeights(
-      const Tensor& norm_, const Tensor& w1_, const Tensor& b1_, const Tensor& w2_, const Tensor& b2_, bool post,
+      const Tensor& norm_weight_, const Tensor& w1_, const Tensor& b1_, const Tensor& w2_, const Tensor& b2_, bool post,
       c10::string_view gelu, double eps)
-      : norm(in_float(norm_)), w1(in_float(w1_)), b1(in_float(b1_)), w2(in_float(w2_)), b2(in_float(b2_)),
+      : norm_weight(in_float(norm_weight_)), w1(in_float(w1_)), b1(in_float(b1_)), w2(in_float(w2_)), b2(in_float(b2_)),
         w1t(w1.t().contiguous()), w2t(w2.t().contiguous()) {
     view = {
-        w1.size(1), w1.size(0), post, gelu == "tanh", static_cast<float>(eps), norm.const_data_ptr<float>(),
+        w1.size(1), w1.size(0), post, gelu == "tanh", static_cast<float>(eps), norm_weight.const_data_ptr<float>(),
         w1.const_data_ptr<float>(), b1.const_data_ptr<float>(), w2.const_data_ptr<float>(), b2.const_data_ptr<float>(),
         w1t.const_data_ptr<float>(), w2t.const_data_ptr<float>()};
   }
-  Tensor norm, w1, b1, w2, b2, w1t, w2t;
+  Tensor norm_weight, w1, b1, w2, b2, w1t, w2t;
   Weights view;
 };
 
 Tensor pixel_mlp(
-    const Tensor& x_, const Tensor& e_, const Tensor& modulation_, const Tensor& weight, const Tensor& w1,
+    const Tensor& x_, const Tensor& e_, const Tensor& modulation_, const Tensor& norm_weight, const Tensor& w1,
     const Tensor& b1, const Tensor& w2, const Tensor& b2, bool post, c10::string_view gelu, double eps) {
-  const OwnedWeights owned(weight, w1, b1, w2, b2, post, gelu, eps);
+  const OwnedWeights owned(norm_weight, w1, b1, w2, b2, post, gelu, eps);
   const Weights& w = owned.view;
   const Tensor x = in_float(x_), e = in_float(e_), modulation = in_float(modulation_);
   const int64_t M = x.size(0) * x.size(1), C = w.C;
@@ -265,10 +314,10 @@ Tensor pixel_mlp(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pixel_mlp_backward(
-    const Tensor& dy_, const Tensor& x_, const Tensor& e_, const Tensor& modulation_, const Tensor& weight,
+    const Tensor& dy_, const Tensor& x_, const Tensor& e_, const Tensor& modulation_, const Tensor& norm_weight,
     const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, bool post, c10::string_view gelu,
     double eps) {
-  const OwnedWeights owned(weight, w1, b1, w2, b2, post, gelu, eps);
+  const OwnedWeights owned(norm_weight, w1, b1, w2, b2, post, gelu, eps);
   const Weights& w = owned.view;
   const Tensor dy = in_float(dy_), x = in_float(x_), e = in_float(e_), modulation = in_float(modulation_);
   const int64_t M = x.size(0) * x.size(1), C = w.C, F = w.F, size = 2 * C * F + F + 2 * C;
@@ -287,43 +336,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> pixel
         w, pdy + o, px + o, pe + o, pm + 4 * o, pdx + o, pde + o, pdm + 4 * o, sums, space, last - first);
   });
   const auto parts = sum_partials(partial).split_with_sizes({C * F, C * F, F, C, C});
-  const auto own = [](const Tensor& part, const Tensor& like) {
-    return part.reshape(like.sizes()).clone().to(like.scalar_type());
-  };
-  return {dx.to(x_.scalar_type()), de.to(e_.scalar_type()), dmodulation.to(modulation_.scalar_type()),
-          own(parts[3], weight), own(parts[0].view({C, F}).t(), w1), own(parts[2], b1), own(parts[1], w2),
-          own(parts[4], b2)};
+  const auto own = [](const Tensor& part, const Tensor& like) { return at::empty_like(like).copy_(part); };
+  return {
+      dx.to(x_.scalar_type()), de.to(e_.scalar_type()), dmodulation.to(modulation_.scalar_type()),
+      own(parts[3], norm_weight), own(parts[0].view({C, F}).t(), w1), own(parts[2], b1),
+      own(parts[1].view({C, F}), w2), own(parts[4], b2)};
 }
 
 struct PixelMLP : torch::autograd::Function<PixelMLP> {
   static Tensor forward(
-      AutogradContext* ctx, const Tensor& x, const Tensor& e, const Tensor& modulation, const Tensor& weight,
+      AutogradContext* ctx, const Tensor& x, const Tensor& e, const Tensor& modulation, const Tensor& norm_weight,
       const Tensor& w1, const Tensor& b1, const Tensor& w2, const Tensor& b2, bool post, std::string gelu,
       double eps) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    ctx->save_for_backward({x, e, modulation, weight, w1, b1, w2, b2});
+    ctx->save_for_backward({x, e, modulation, norm_weight, w1, b1, w2, b2});
     ctx->saved_data["post"] = post;
     ctx->saved_data["gelu"] = gelu;
     ctx->saved_data["eps"] = eps;
     static const auto run = op<decltype(pixel_mlp)>("pixelgen::pixel_mlp");
-    return run.call(x, e, modulation, weight, w1, b1, w2, b2, post, gelu, eps);
+    return run.call(x, e, modulation, norm_weight, w1, b1, w2, b2, post, gelu, eps);
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& grads) {
     const auto s = ctx->get_saved_variables();
     const auto& gelu = ctx->saved_data["gelu"].toStringRef();
     static const auto run = op<decltype(pixel_mlp_backward)>("pixelgen::pixel_mlp_backward");
-    auto [dx, de, dmodulation, dweight, dw1, db1, dw2, db2] = run.call(
+    auto [dx, de, dmodulation, dnorm_weight, dw1, db1, dw2, db2] = run.call(
         grads[0].contiguous(), s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], ctx->saved_data["post"].toBool(), gelu,
         ctx->saved_data["eps"].toDouble());
-    return {dx, de, dmodulation, dweight, dw1, db1, dw2, db2, Tensor(), Tensor(), Tensor()};
+    return {dx, de, dmodulation, dnorm_weight, dw1, db1, dw2, db2, Tensor(), Tensor(), Tensor()};
   }
 };
 
 Tensor pixel_mlp_autograd(
-    const Tensor& x, const Tensor& e, const Tensor& modulation, const Tensor& weight, const Tensor& w1,
+    const Tensor& x, const Tensor& e, const Tensor& modulation, const Tensor& norm_weight, const Tensor& w1,
     const Tensor& b1, const Tensor& w2, const Tensor& b2, bool post, c10::string_view gelu, double eps) {
-  return PixelMLP::apply(x, e, modulation, weight, w1, b1, w2, b2, post, std::string(gelu), eps);
+  return PixelMLP::apply(x, e, modulation, norm_weight, w1, b1, w2, b2, post, std::string(gelu), eps);
 }
 
 TORCH_LIBRARY_IMPL(pixelgen, CPU, m) {

@@ -23,24 +23,24 @@ INLINE float inverse_rms(const float* RESTRICT x, int64_t d, float eps) {
 
 // The H rows of one of q and k of one token.
 MULTIVERSION void norm_rotate_fwd(
-    const float* RESTRICT x, const float* RESTRICT weight, const float* RESTRICT cos, const float* RESTRICT sin,
+    const float* RESTRICT x, const float* RESTRICT norm_weight, const float* RESTRICT cos, const float* RESTRICT sin,
     float* RESTRICT out, int64_t H, int64_t d, float eps) {
   for (int64_t h = 0; h < H; h++, x += d, out += d) {
     const float r = inverse_rms(x, d, eps);
 #pragma omp simd
     for (int64_t i = 0; i < d / 2; i++) {
-      const float a = x[2 * i] * r * weight[2 * i], b = x[2 * i + 1] * r * weight[2 * i + 1];
+      const float a = x[2 * i] * r * norm_weight[2 * i], b = x[2 * i + 1] * r * norm_weight[2 * i + 1];
       out[2 * i] = a * cos[i] - b * sin[i];
       out[2 * i + 1] = a * sin[i] + b * cos[i];
     }
   }
 }
 
-// g [d] is scratch; dweight [d] is added to.
+// g [d] is scratch; dnorm_weight [d] is added to.
 MULTIVERSION void norm_rotate_bwd(
-    const float* RESTRICT dout, const float* RESTRICT x, const float* RESTRICT weight, const float* RESTRICT cos,
-    const float* RESTRICT sin, float* RESTRICT dx, float* RESTRICT dweight, float* RESTRICT g, int64_t H, int64_t d,
-    float eps) {
+    const float* RESTRICT dout, const float* RESTRICT x, const float* RESTRICT norm_weight, const float* RESTRICT cos,
+    const float* RESTRICT sin, float* RESTRICT dx, float* RESTRICT dnorm_weight, float* RESTRICT g, int64_t H,
+    int64_t d, float eps) {
   for (int64_t h = 0; h < H; h++, dout += d, x += d, dx += d) {
     const float r = inverse_rms(x, d, eps);
 #pragma omp simd
@@ -52,24 +52,24 @@ MULTIVERSION void norm_rotate_bwd(
 #pragma omp simd reduction(+ : dot)
     for (int64_t i = 0; i < d; i++) {
       const float gn = g[i] * x[i] * r;
-      dweight[i] += gn;
-      dot += gn * weight[i];
+      dnorm_weight[i] += gn;
+      dot += gn * norm_weight[i];
     }
     const float mean = dot / d;
 #pragma omp simd
-    for (int64_t i = 0; i < d; i++) dx[i] = r * (g[i] * weight[i] - x[i] * r * mean);
+    for (int64_t i = 0; i < d; i++) dx[i] = r * (g[i] * norm_weight[i] - x[i] * r * mean);
   }
 }
 
 std::tuple<Tensor, Tensor> qk_norm_rope(
-    const Tensor& qkv_, const Tensor& q_weight_, const Tensor& k_weight_, const Tensor& cos_, const Tensor& sin_,
-    int64_t heads, double eps) {
-  const Tensor qkv = in_float(qkv_), q_weight = in_float(q_weight_), k_weight = in_float(k_weight_),
+    const Tensor& qkv_, const Tensor& q_norm_weight_, const Tensor& k_norm_weight_, const Tensor& cos_,
+    const Tensor& sin_, int64_t heads, double eps) {
+  const Tensor qkv = in_float(qkv_), q_norm_weight = in_float(q_norm_weight_), k_norm_weight = in_float(k_norm_weight_),
                cos = in_float(cos_), sin = in_float(sin_);
   const int64_t B = qkv.size(0), L = qkv.size(1), H = heads, d = qkv.size(2) / (3 * H);
   Tensor q = at::empty({B, L, H, d}, qkv.options()), k = at::empty_like(q);
-  const float *px = qkv.const_data_ptr<float>(), *pqw = q_weight.const_data_ptr<float>(),
-              *pkw = k_weight.const_data_ptr<float>(), *pc = cos.const_data_ptr<float>(),
+  const float *px = qkv.const_data_ptr<float>(), *pqw = q_norm_weight.const_data_ptr<float>(),
+              *pkw = k_norm_weight.const_data_ptr<float>(), *pc = cos.const_data_ptr<float>(),
               *ps = sin.const_data_ptr<float>();
   float *pq = q.data_ptr<float>(), *pk = k.data_ptr<float>();
   for_chunks(B * L, ROPE_TOKENS, 3 * H * d, [&](int64_t, int64_t first, int64_t last) {
@@ -83,30 +83,30 @@ std::tuple<Tensor, Tensor> qk_norm_rope(
 }
 
 std::tuple<Tensor, Tensor> qk_norm_rope_backward(
-    const Tensor& dq_, const Tensor& dk_, const Tensor& dv_, const Tensor& qkv_, const Tensor& q_weight_,
-    const Tensor& k_weight_, const Tensor& cos_, const Tensor& sin_, double eps) {
+    const Tensor& dq_, const Tensor& dk_, const Tensor& dv_, const Tensor& qkv_, const Tensor& q_norm_weight_,
+    const Tensor& k_norm_weight_, const Tensor& cos_, const Tensor& sin_, double eps) {
   const Tensor dq = in_float(dq_), dk = in_float(dk_), dv = in_float(dv_), qkv = in_float(qkv_),
-               q_weight = in_float(q_weight_), k_weight = in_float(k_weight_), cos = in_float(cos_),
+               q_norm_weight = in_float(q_norm_weight_), k_norm_weight = in_float(k_norm_weight_), cos = in_float(cos_),
                sin = in_float(sin_);
   const int64_t B = dq.size(0), L = dq.size(1), H = dq.size(2), d = dq.size(3);
   Tensor dqkv = at::empty_like(qkv), partial = at::zeros({ceil_div(B * L, ROPE_TOKENS), 2, d}, qkv.options());
   const float *pdq = dq.const_data_ptr<float>(), *pdk = dk.const_data_ptr<float>(), *pdv = dv.const_data_ptr<float>(),
-              *px = qkv.const_data_ptr<float>(), *pqw = q_weight.const_data_ptr<float>(),
-              *pkw = k_weight.const_data_ptr<float>(), *pc = cos.const_data_ptr<float>(),
+              *px = qkv.const_data_ptr<float>(), *pqw = q_norm_weight.const_data_ptr<float>(),
+              *pkw = k_norm_weight.const_data_ptr<float>(), *pc = cos.const_data_ptr<float>(),
               *ps = sin.const_data_ptr<float>();
   float *pdx = dqkv.data_ptr<float>(), *pp = partial.data_ptr<float>();
   for_chunks(B * L, ROPE_TOKENS, 6 * H * d, [&](int64_t chunk, int64_t first, int64_t last) {
     std::vector<float> g(d);
-    float* dweight = pp + chunk * 2 * d;
+    float* dnorm_weight = pp + chunk * 2 * d;
     for (int64_t n = first; n < last; n++) {
       const float *c = pc + n % L * (d / 2), *s = ps + n % L * (d / 2), *x = px + n * 3 * H * d;
       float* dx = pdx + n * 3 * H * d;
-      norm_rotate_bwd(pdq + n * H * d, x, pqw, c, s, dx, dweight, g.data(), H, d, eps);
-      norm_rotate_bwd(pdk + n * H * d, x + H * d, pkw, c, s, dx + H * d, dweight + d, g.data(), H, d, eps);
+      norm_rotate_bwd(pdq + n * H * d, x, pqw, c, s, dx, dnorm_weight, g.data(), H, d, eps);
+      norm_rotate_bwd(pdk + n * H * d, x + H * d, pkw, c, s, dx + H * d, dnorm_weight + d, g.data(), H, d, eps);
       std::copy_n(pdv + n * H * d, H * d, dx + 2 * H * d);
     }
   });
-  return {dqkv.to(qkv_.scalar_type()), sum_partials(partial).to(q_weight_.scalar_type())};
+  return {dqkv.to(qkv_.scalar_type()), sum_partials(partial).to(q_norm_weight_.scalar_type())};
 }
 
 TORCH_LIBRARY_IMPL(pixelgen, CPU, m) {

@@ -2,9 +2,9 @@
 //
 //     out[r][n] = start[r][n] + sum_k a[r * a_row + k * a_step] b[k * b_row + n]
 //
-// A block of the result stays in registers; one operand is read broadcast, the other as vectors. Six rows of two vectors
-// are twelve chains of sums, more than the multiply-adds that a processor overlaps, and need eight loads for twelve of
-// them; one row of eight vectors would need nine for eight, and wait for them.
+// A block of the result stays in registers; one operand is read broadcast, the other as vectors. Six rows of two
+// vectors are twelve chains of sums, more than the multiply-adds that a processor overlaps, and need eight loads for
+// twelve of them; one row of eight vectors would need nine for eight, and wait for them.
 #pragma once
 
 #include "operator.h"

@@ -12,8 +12,8 @@ namespace pixelgen {
 
 constexpr float LOG2E = 1.4426950408889634f, HALF_LOG2E = 0.7213475204444817f, HALF_LOG2_2PI = 1.3257480647361593f;
 
-// 2^x, relative error 1e-7; 2^-126 below that, infinity above 127.5. x = i + f with |f| <= 1/2: a polynomial of 2^f, and
-// 2^i from its bits.
+// 2^x, relative error 1e-7; 2^-126 below that, infinity above 127.5. x = i + f with |f| <= 1/2: a polynomial of 2^f,
+// and 2^i from its bits.
 INLINE float exp2_approx(float x) {
   x = x < -126.0f ? -126.0f : x;
   x = x > 128.0f ? 128.0f : x;

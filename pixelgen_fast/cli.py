@@ -206,9 +206,9 @@ def _data_pack(args: argparse.Namespace) -> int:
 
 
 def _kernels_report(args: argparse.Namespace) -> int:
-    from pixelgen_kernels import report
+    from pixelgen_kernels.report.command import main
 
-    return report.main(args.arguments)
+    return main(args.arguments)
 
 
 def _kernels_build(args: argparse.Namespace) -> int:
@@ -219,40 +219,28 @@ def _kernels_build(args: argparse.Namespace) -> int:
 
 def _kernels_warmup(args: argparse.Namespace) -> int:
     import torch
-    from pixelgen_kernels.launch import ModelShape
-    from pixelgen_kernels.warmup import warmup
+    from pixelgen_kernels.report.warmup import warmup
 
     from pixelgen_fast.engine import generator
+    from pixelgen_fast.engine.launches import step_launches
 
-    c = cfg.load(args.config, args.overrides, generator.model_schema)
-    m = c.model
-    if not hasattr(m, "pixel_mlp_ratio"):
-        raise ValueError(f"{args.config}: warm-up knows the launches of a pixel head, and {m.system} has none")
-    with torch.device("meta"):
-        model = generator.build_model(c, c.data.num_classes or 1)
-    shape = ModelShape(
-        name=Path(args.config).stem,
-        width=m.hidden_size,
-        heads=m.num_heads,
-        ffn=int(2 * 4 * m.hidden_size / 3),
-        depth=m.patch_depth,
-        pixel_depth=m.pixel_depth,
-        parameters=sum(p.numel() for p in model.parameters()),
-        batch=c.train.micro_batch,
-        tokens=(c.data.image_size // m.patch_size) ** 2,
-        pixels=m.patch_size**2,
-        channels=m.pixel_hidden_size,
-        pixel_hidden=m.pixel_mlp_ratio * m.pixel_hidden_size,
-        patch=m.patch_size,
-    )
-    print(warmup(shape))
+    config = cfg.load(args.config, args.overrides, generator.model_schema)
+    precision = "fp32" if config.train.precision == "fp32" else "bf16"
+    gpu = {}
+    if torch.cuda.is_available():
+        gpu["multiprocessors"] = torch.cuda.get_device_properties().multi_processor_count
+    print(warmup(step_launches(config, precision, **gpu), Path(args.config).stem))
     return 0
 
 
 def _device(args: argparse.Namespace) -> str:
+    """Where to draw. Raises ValueError where the operators that were asked for cannot run there."""
     import torch
+    from pixelgen_kernels.bodies import choose_body
 
-    return args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    choose_body(torch.device(device).type)
+    return device
 
 
 def _sampling(args: argparse.Namespace) -> dict:

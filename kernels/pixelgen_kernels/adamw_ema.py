@@ -18,6 +18,7 @@ Shapes: every tensor is the same flat shard [n] of fp32 state, or any one shape;
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,10 +28,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixelgen_kernels import library
-from pixelgen_kernels.launch import Launch, ModelShape
+from pixelgen_kernels.bodies import body
+from pixelgen_kernels.launch import Launch
+from pixelgen_kernels.registration import operator
+from pixelgen_kernels.tuning import chosen
 
 MOST_EMAS = 4
+# Triton makes accesses 16 bytes wide where it knows that their number is a multiple of this; a shard's rarely is one.
+WIDE = 16
 
 
 def reference(
@@ -126,12 +131,29 @@ def adamw_ema_kernel(
         _average(ema3_ptr, decay3_ptr, offset, mask, p)
 
 
+@functools.cache
+def plan(N: int, averages: int, grad_bytes: int, copied: bool, tail: bool, config: Config) -> Launch:
+    """The launch over N elements. grad_bytes: of one number of the gradient. copied: to bf16 as well. tail: of a shard,
+    the elements behind the last multiple of WIDE."""
+    return Launch(
+        name="adamw_ema_fwd" + tail * "_tail",
+        kernel=adamw_ema_kernel,
+        grid=triton.cdiv(N, config.block),
+        constants={"EMAS": averages, "BF16": copied, "BLOCK": config.block},
+        num_warps=config.num_warps,
+        num_stages=1,
+        bytes_moved=(grad_bytes + 2 * 4 * (3 + averages) + 2 * copied) * N,
+        rows=N,
+        widest=32 if tail else 128,
+    )
+
+
 def _fake(*_: object) -> None:
     return None
 
 
-@library.operator("adamw_ema", _fake, mutates=("param", "exp_avg", "exp_avg_sq", "emas", "bf16_out"))
-def _adamw_ema(
+@operator("adamw_ema", _fake, mutates=("param", "exp_avg", "exp_avg_sq", "emas", "bf16_out"))
+def adamw_ema_update(
     param: Tensor,
     grad: Tensor,
     exp_avg: Tensor,
@@ -148,71 +170,25 @@ def _adamw_ema(
     eps: float,
     weight_decay: float,
 ) -> None:
-    launch_update(
-        param, grad, exp_avg, exp_avg_sq, emas, decays, step, skip, grad_scale, bf16_out,
-        lr, beta1, beta2, eps, weight_decay,
-    )  # fmt: skip
-
-
-def launch_update(
-    param: Tensor,
-    grad: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    emas: Sequence[Tensor],
-    decays: Sequence[Tensor],
-    step: Tensor,
-    skip: Tensor,
-    grad_scale: Tensor,
-    bf16_out: Tensor | None,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    config: Config = CONFIGS[0],
-) -> None:
-    """Start the kernel. decays, step, grad_scale: float32 0-dim tensors on the shard's device; skip: bool."""
-    N = param.numel()
-    if N == 0:
-        return
+    """decays, step, grad_scale: float32 0-dim tensors on the shard's device; skip: bool."""
     # An unused pointer must still be a pointer; the kernel does not touch it.
-    averages = [*emas, *[param] * (MOST_EMAS - len(emas))]
-    decays = [*decays, *[step] * (MOST_EMAS - len(decays))]
-    adamw_ema_kernel[(triton.cdiv(N, config.block),)](
-        param, grad, exp_avg, exp_avg_sq, param if bf16_out is None else bf16_out, *averages, *decays,
-        step, skip, grad_scale, N,
-        lr, beta1, 1.0 - beta1, _log(beta1), beta2, 1.0 - beta2, _log(beta2), eps, 1.0 - lr * weight_decay,
-        EMAS=len(emas), BF16=bf16_out is not None, BLOCK=config.block, num_warps=config.num_warps,
+    streams = [param, grad, exp_avg, exp_avg_sq, param if bf16_out is None else bf16_out]
+    streams += [*emas, *[param] * (MOST_EMAS - len(emas))]
+    scalars = [*decays, *[step] * (MOST_EMAS - len(decays)), step, skip, grad_scale]
+    numbers = (
+        lr, beta1, 1.0 - beta1, _log(beta1), beta2, 1.0 - beta2, _log(beta2), eps, 1.0 - lr * weight_decay
     )  # fmt: skip
+    kind = (len(emas), grad.element_size(), bf16_out is not None)
+    config, N = chosen("adamw_ema", CONFIGS), param.numel()
+    whole = N - N % WIDE
+    plan(whole, *kind, False, config).start(*streams, *scalars, whole, *numbers)
+    if whole < N:
+        rest = [x.view(-1)[whole:] for x in streams]
+        plan(N - whole, *kind, True, config).start(*rest, *scalars, N - whole, *numbers)
 
 
 def _log(beta: float) -> float:
     return math.log(beta) if beta > 0.0 else -math.inf
-
-
-def aot(shape: ModelShape, config: Config = CONFIGS[0]) -> list[Launch]:
-    """One update of the flat shard of a model's weights over four ranks, with one average and the bf16 copy."""
-    N = shape.parameters // 4 // 16 * 16
-    pointers = {name: "*fp32" for name in adamw_ema_kernel.arg_names if name.endswith("_ptr")}
-    scalars = ("lr", "beta1", "one_minus_beta1", "log_beta1", "beta2", "one_minus_beta2", "log_beta2", "eps")
-    return [
-        Launch(
-            name="adamw_ema_fwd",
-            kernel=adamw_ema_kernel,
-            signature=pointers
-            | {"bf16_ptr": "*bf16", "skip_ptr": "*i1", "N": "i32"}
-            | dict.fromkeys((*scalars, "keep_weight"), "fp32"),
-            constexprs={"EMAS": 1, "BF16": True, "BLOCK": config.block},
-            num_warps=config.num_warps,
-            num_stages=1,
-            grid=triton.cdiv(N, config.block),
-            flops=0,
-            bytes_moved=(5 * 4 + 4 * 4 + 2) * N,
-            rows=N,
-            divisible=("N",),
-        )
-    ]
 
 
 def adamw_ema(
@@ -242,12 +218,12 @@ def adamw_ema(
     parameters, rounded. grad is not changed. Raises ValueError for shapes, dtypes or counts that do not agree.
     """
     _check(param, grad, exp_avg, exp_avg_sq, emas, ema_decays, bf16_out)
-    ops = library.compiled(param)
-    if ops is not None:
+    chosen_body = body(param)
+    if chosen_body != "reference":
         _check_kernel(param, grad, exp_avg, exp_avg_sq, emas, bf16_out)
-        ops.adamw_ema(
+        adamw_ema_update(
             param, grad, exp_avg, exp_avg_sq, list(emas), [_scalar(d, param) for d in ema_decays],
-            *_scalars(param, step, skip, grad_scale), bf16_out, lr, beta1, beta2, eps, weight_decay,
+            *_scalars(param, step, skip, grad_scale), bf16_out, lr, beta1, beta2, eps, weight_decay, body=chosen_body,
         )  # fmt: skip
         return
     scaled = grad if isinstance(grad_scale, float) and grad_scale == 1.0 else grad * grad_scale
@@ -291,7 +267,7 @@ def adamw_ema_foreach(
         raise ValueError(
             f"adamw_ema_foreach: lists of {counts} tensors for {len(ema_decays)} decays; lengths must agree"
         )
-    if params and library.body(params[0]) == "native":
+    if params and body(params[0]) == "native":
         for param, *rest in zip(params, grads, exp_avgs, exp_avg_sqs, *emas, strict=True):
             if any(x.shape != param.shape or x.dtype != torch.float32 or not x.is_contiguous() for x in (param, *rest)):
                 described = [f"{x.dtype} {list(x.shape)} strides {x.stride()}" for x in (param, *rest)]
@@ -313,7 +289,7 @@ def total_norm(tensors: Sequence[Tensor]) -> Tensor:
     """sqrt of the sum of all squares, a 0-dim tensor on the tensors' device; NaN or infinite if an element is."""
     if (
         tensors
-        and library.body(tensors[0]) == "native"
+        and body(tensors[0]) == "native"
         and all(x.dtype == torch.float32 and x.is_contiguous() for x in tensors)
     ):
         return torch.ops.pixelgen_native.total_norm(tensors)

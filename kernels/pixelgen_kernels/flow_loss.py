@@ -1,21 +1,22 @@
 """The end of the pixel head and its loss: RMSNorm, projection of every pixel to 3 channels, squared error per image.
 
-    prediction = W (n * norm) + b,   n = x r,   r = 1 / sqrt(mean_C(x^2) + eps)
+    prediction = W (n * norm_weight) + b,   n = x r,   r = 1 / sqrt(mean_C(x^2) + eps)
     loss_i     = weight_i mean_{L, P, 3} (prediction - target)^2          over the pixels of image i
 
     d  = 2 dloss_i weight_i / (3 L P) (prediction - target)               [N, P, 3], never in memory
-    u  = norm * (d W),   dx = r (u - n mean_C(u n))
-    S  = sum_pixels d^T n,   dW = S * norm,   dnorm = sum_3 W * S,   db = sum_pixels d
+    u  = norm_weight * (d W),   dx = r (u - n mean_C(u n))
+    S  = sum_pixels d^T n,   dW = S * norm_weight,   dnorm_weight = sum_3 W * S,   db = sum_pixels d
 
 Flow matching with the target of the caller's choice (arXiv 2210.02747; v = x - s e in PixelDiT, arXiv 2511.20645).
 Arithmetic is float32 from the stream on. The prediction is not returned: nothing in training reads it, and writing it
 would cost a third of what the operator reads; sampling and losses on images use pixel_modulate and a Linear. Sums are
 partial sums by blocks of pixels and one reduction, in a fixed order. Three columns are too few for the tensor cores.
-Shapes: x [N, P, C] with N = B L; norm [C]; W [3, C]; b [3]; target [N, P, 3]; weight, loss float32 [B].
+Shapes: x [N, P, C] with N = B L; norm_weight [C]; W [3, C]; b [3]; target [N, P, 3]; weight, loss float32 [B].
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -24,15 +25,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixelgen_kernels import library
-from pixelgen_kernels.launch import Launch, ModelShape
+from pixelgen_kernels.bodies import body
+from pixelgen_kernels.checks import check
+from pixelgen_kernels.launch import Launch
+from pixelgen_kernels.registration import operator
+from pixelgen_kernels.sum_partials import plan_sum, sum_partials
+from pixelgen_kernels.tuning import chosen
 
 
 def flow_loss_reference(
-    x_NPC: Tensor, norm_C: Tensor, w_3C: Tensor, b_3: Tensor, target_NP3: Tensor, weight_B: Tensor, eps: float
+    x_NPC: Tensor, norm_weight_C: Tensor, w_3C: Tensor, b_3: Tensor, target_NP3: Tensor, weight_B: Tensor, eps: float
 ) -> Tensor:
     wide = torch.promote_types(x_NPC.dtype, torch.float32)
-    n_NPC = F.rms_norm(x_NPC.to(wide), norm_C.shape, norm_C.to(wide), eps)
+    n_NPC = F.rms_norm(x_NPC.to(wide), norm_weight_C.shape, norm_weight_C.to(wide), eps)
     error_NP3 = F.linear(n_NPC, w_3C.to(wide), b_3.to(wide)) - target_NP3
     B = weight_B.shape[0]
     return weight_B * error_NP3.square().reshape(B, error_NP3.numel() // max(B, 1)).mean(dim=1)
@@ -58,11 +63,11 @@ CONFIGS = (
 
 
 @triton.jit
-def _load_head(norm_ptr, w_ptr, b_ptr, k: tl.constexpr, C: tl.constexpr, o_c):
-    """Row k of W times norm [1, C] and b_k."""
-    norm = tl.load(norm_ptr + o_c, mask=o_c < C, other=0.0).to(tl.float32)
+def _load_head(norm_weight_ptr, w_ptr, b_ptr, k: tl.constexpr, C: tl.constexpr, o_c):
+    """Row k of W times norm_weight [1, C] and b_k."""
+    norm_weight = tl.load(norm_weight_ptr + o_c, mask=o_c < C, other=0.0).to(tl.float32)
     w = tl.load(w_ptr + k * C + o_c, mask=o_c < C, other=0.0).to(tl.float32)
-    return (norm * w)[None, :], tl.load(b_ptr + k).to(tl.float32)
+    return (norm_weight * w)[None, :], tl.load(b_ptr + k).to(tl.float32)
 
 
 @triton.jit
@@ -74,7 +79,7 @@ def _error(x, r, w, b, target_ptr, k: tl.constexpr, o_m, m_m):
 
 @triton.jit
 def flow_loss_fwd_kernel(
-    x_ptr, norm_ptr, w_ptr, b_ptr, target_ptr, partial_ptr, pixels, eps,
+    x_ptr, norm_weight_ptr, w_ptr, b_ptr, target_ptr, partial_ptr, pixels, eps,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(pixels, BLOCK_M)
@@ -82,9 +87,9 @@ def flow_loss_fwd_kernel(
     first = image.to(tl.int64) * pixels + start
     o_m, o_c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
     m_m = o_m < pixels - start
-    w0, b0 = _load_head(norm_ptr, w_ptr, b_ptr, 0, C, o_c)
-    w1, b1 = _load_head(norm_ptr, w_ptr, b_ptr, 1, C, o_c)
-    w2, b2 = _load_head(norm_ptr, w_ptr, b_ptr, 2, C, o_c)
+    w0, b0 = _load_head(norm_weight_ptr, w_ptr, b_ptr, 0, C, o_c)
+    w1, b1 = _load_head(norm_weight_ptr, w_ptr, b_ptr, 1, C, o_c)
+    w2, b2 = _load_head(norm_weight_ptr, w_ptr, b_ptr, 2, C, o_c)
 
     mask = m_m[:, None] & (o_c < C)[None, :]
     x = tl.load(x_ptr + first * C + o_m[:, None] * C + o_c[None, :], mask=mask, other=0.0).to(tl.float32)
@@ -98,15 +103,15 @@ def flow_loss_fwd_kernel(
 
 @triton.jit
 def flow_loss_bwd_kernel(
-    factor_ptr, x_ptr, norm_ptr, w_ptr, b_ptr, target_ptr, dx_ptr, partial_ptr, pixels, eps,
+    factor_ptr, x_ptr, norm_weight_ptr, w_ptr, b_ptr, target_ptr, dx_ptr, partial_ptr, pixels, eps,
     C: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     chunks = tl.cdiv(pixels, CHUNK)
     image = tl.program_id(0) // chunks
     o_m, o_c = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_C)
-    w0, b0 = _load_head(norm_ptr, w_ptr, b_ptr, 0, C, o_c)
-    w1, b1 = _load_head(norm_ptr, w_ptr, b_ptr, 1, C, o_c)
-    w2, b2 = _load_head(norm_ptr, w_ptr, b_ptr, 2, C, o_c)
+    w0, b0 = _load_head(norm_weight_ptr, w_ptr, b_ptr, 0, C, o_c)
+    w1, b1 = _load_head(norm_weight_ptr, w_ptr, b_ptr, 1, C, o_c)
+    w2, b2 = _load_head(norm_weight_ptr, w_ptr, b_ptr, 2, C, o_c)
     factor = tl.load(factor_ptr + image)
     s0 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
     s1 = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
@@ -146,19 +151,58 @@ def flow_loss_bwd_kernel(
     tl.store(partial_ptr + 3 * C + 2, tl.sum(db2, axis=0))
 
 
+@functools.cache
+def plan_forward(B: int, pixels: int, C: int, itemsize: int, config: Config) -> Launch:
+    """pixels: of an image."""
+    return Launch(
+        name="flow_loss_fwd",
+        kernel=flow_loss_fwd_kernel,
+        grid=B * triton.cdiv(pixels, config.block_fwd),
+        constants={"C": C, "BLOCK_M": config.block_fwd, "BLOCK_C": triton.next_power_of_2(C)},
+        num_warps=config.num_warps,
+        num_stages=3,
+        bytes_moved=B * pixels * (C * itemsize + 3 * 4),
+        rows=B * pixels,
+        widest=32,
+    )
+
+
+@functools.cache
+def plan_backward(B: int, pixels: int, C: int, itemsize: int, config: Config) -> tuple[Launch, Launch]:
+    """(the pass over pixels, the reduction of its partial sums)."""
+    programs = B * triton.cdiv(pixels, config.chunk)
+    chunks = Launch(
+        name="flow_loss_bwd",
+        kernel=flow_loss_bwd_kernel,
+        grid=programs,
+        constants={
+            "C": C, "BLOCK_M": config.block_bwd, "BLOCK_C": triton.next_power_of_2(C), "CHUNK": config.chunk
+        },
+        num_warps=config.num_warps,
+        num_stages=3,
+        bytes_moved=B * pixels * (2 * C * itemsize + 3 * 4),
+        rows=B * pixels,
+        loops=(config.chunk // config.block_bwd,),
+        widest=32,
+    )  # fmt: skip
+    return chunks, plan_sum("flow_loss_bwd_reduce", programs, 3 * C + 3, B * pixels)
+
+
 def _pixels(x: Tensor, weight: Tensor) -> int:
     """Pixels of an image, L P."""
     return x.shape[0] // max(weight.shape[0], 1) * x.shape[1]
 
 
-def _fake_forward(x: Tensor, norm: Tensor, w: Tensor, b: Tensor, target: Tensor, weight: Tensor, eps: float) -> Tensor:
+def _fake_forward(
+    x: Tensor, norm_weight: Tensor, w: Tensor, b: Tensor, target: Tensor, weight: Tensor, eps: float
+) -> Tensor:
     return weight.new_empty(weight.shape, dtype=torch.float32)
 
 
 def _fake_backward(
-    dloss: Tensor, x: Tensor, norm: Tensor, w: Tensor, b: Tensor, target: Tensor, weight: Tensor, eps: float
+    dloss: Tensor, x: Tensor, norm_weight: Tensor, w: Tensor, b: Tensor, target: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(norm), torch.empty_like(w), torch.empty_like(b)
+    return torch.empty_like(x), torch.empty_like(norm_weight), torch.empty_like(w), torch.empty_like(b)
 
 
 def _flops_forward(x: list[int], *_: Any, **__: Any) -> int:
@@ -169,94 +213,48 @@ def _flops_backward(dloss: list[int], x: list[int], *_: Any, **__: Any) -> int:
     return 4 * x[0] * x[1] * x[2] * 3
 
 
-def launch_forward(
-    x: Tensor, norm: Tensor, w: Tensor, b: Tensor, target: Tensor, weight: Tensor, eps: float,
-    config: Config = CONFIGS[0],
-) -> Tensor:  # fmt: skip
+@operator("flow_loss", _fake_forward, _flops_forward)
+def flow_loss_forward(
+    x: Tensor, norm_weight: Tensor, w: Tensor, b: Tensor, target: Tensor, weight: Tensor, eps: float
+) -> Tensor:
     B, C, pixels = weight.shape[0], x.shape[2], _pixels(x, weight)
-    partial = x.new_empty((B, triton.cdiv(pixels, config.block_fwd)), dtype=torch.float32)
-    flow_loss_fwd_kernel[(partial.numel(),)](
-        x, norm, w, b, target, partial, pixels, eps,
-        C, config.block_fwd, triton.next_power_of_2(C), num_warps=config.num_warps,
-    )  # fmt: skip
+    launch = plan_forward(B, pixels, C, x.element_size(), chosen("flow_loss", CONFIGS, C))
+    partial = x.new_empty((B, launch.grid // max(B, 1)), dtype=torch.float32)
+    launch.start(x, norm_weight, w, b, target, partial, pixels, eps)
     return partial.sum(dim=1) * weight / (3 * pixels)
 
 
-def launch_backward(
-    dloss: Tensor, x: Tensor, norm: Tensor, w: Tensor, b: Tensor, target: Tensor, weight: Tensor, eps: float,
-    config: Config = CONFIGS[0],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+@operator("flow_loss_backward", _fake_backward, _flops_backward)
+def flow_loss_backward(
+    dloss: Tensor, x: Tensor, norm_weight: Tensor, w: Tensor, b: Tensor, target: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     B, C, pixels = weight.shape[0], x.shape[2], _pixels(x, weight)
     dx = torch.empty_like(x)
     factor = (dloss * weight * (2 / max(3 * pixels, 1))).float().contiguous()
-    partial = x.new_empty((B * triton.cdiv(pixels, config.chunk), 3 * C + 3), dtype=torch.float32)
-    flow_loss_bwd_kernel[(partial.shape[0],)](
-        factor, x, norm, w, b, target, dx, partial, pixels, eps,
-        C, config.block_bwd, triton.next_power_of_2(C), config.chunk, num_warps=config.num_warps,
-    )  # fmt: skip
-    total = library.sum_partials(partial, torch.float32)
+    chunks, reduction = plan_backward(B, pixels, C, x.element_size(), chosen("flow_loss", CONFIGS, C))
+    partial = x.new_empty((chunks.grid, 3 * C + 3), dtype=torch.float32)
+    chunks.start(factor, x, norm_weight, w, b, target, dx, partial, pixels, eps)
+    total = sum_partials(reduction, partial, torch.float32)
     s = total[: 3 * C].view(3, C)
-    return dx, (w * s).sum(dim=0).to(norm.dtype), (norm * s).to(w.dtype), torch.empty_like(b).copy_(total[3 * C :])
+    dnorm_weight, dw = (w * s).sum(dim=0).to(norm_weight.dtype), (norm_weight * s).to(w.dtype)
+    return dx, dnorm_weight, dw, torch.empty_like(b).copy_(total[3 * C :])
 
 
-@library.operator("flow_loss", _fake_forward, _flops_forward)
-def _flow_loss(x: Tensor, norm: Tensor, w: Tensor, b: Tensor, target: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return launch_forward(x, norm, w, b, target, weight, eps)
-
-
-@library.operator("flow_loss_backward", _fake_backward, _flops_backward)
-def _flow_loss_backward(
-    dloss: Tensor, x: Tensor, norm: Tensor, w: Tensor, b: Tensor, target: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch_backward(dloss, x, norm, w, b, target, weight, eps)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     *tensors, ctx.eps = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-    grads = library.kernels.flow_loss_backward(dloss, *ctx.saved_tensors, ctx.eps)
-    return *grads, None, None, None
+    return *flow_loss_backward(dloss, *ctx.saved_tensors, ctx.eps), None, None, None
 
 
-_flow_loss.register_autograd(_backward, setup_context=_setup_context)
-
-
-def aot(shape: ModelShape, config: Config = CONFIGS[0]) -> list[Launch]:
-    """The launches of the loss of a model, as plain data for the report."""
-    M, C, pixels = shape.pixel_rows, shape.channels, shape.tokens * shape.pixels
-    kinds = {"target_ptr": "*fp32", "factor_ptr": "*fp32", "partial_ptr": "*fp32", "pixels": "i32", "eps": "fp32"}
-    sizes = {"C": C, "BLOCK_C": triton.next_power_of_2(C)}
-    launches = []
-    for direction, kernel, unit, streams, constexprs in (
-        ("fwd", flow_loss_fwd_kernel, config.block_fwd, 1, sizes | {"BLOCK_M": config.block_fwd}),
-        ("bwd", flow_loss_bwd_kernel, config.chunk, 2, sizes | {"BLOCK_M": config.block_bwd, "CHUNK": config.chunk}),
-    ):
-        launches.append(
-            Launch(
-                name=f"flow_loss_{direction}",
-                kernel=kernel,
-                signature={n: kinds.get(n, "*bf16") for n in kernel.arg_names if n not in constexprs},
-                constexprs=constexprs,
-                num_warps=config.num_warps,
-                num_stages=3,
-                grid=shape.batch * triton.cdiv(pixels, unit),
-                flops=0,
-                bytes_moved=M * (streams * C * 2 + 3 * 4),
-                rows=M,
-                loops=() if direction == "fwd" else (config.chunk // config.block_bwd,),
-                divisible=("pixels",),
-                widest=32,
-            )
-        )
-    return launches
+flow_loss_forward.gradient(_save, _backward)
 
 
 def flow_loss(
     x_NPC: Tensor,
-    norm_C: Tensor,
+    norm_weight_C: Tensor,
     w_3C: Tensor,
     b_3: Tensor,
     target_NP3: Tensor,
@@ -275,16 +273,18 @@ def flow_loss(
     (N, P, C), B = x_NPC.shape, weight_B.shape[0]
     if N % B if B else N:
         raise ValueError(f"flow_loss: {N} patches are not a whole number of patches for each of {B} images")
-    library.check(
+    check(
         "flow_loss",
         x_NPC,
         x=(x_NPC, (N, P, C)),
-        norm=(norm_C, (C,)),
+        norm_weight=(norm_weight_C, (C,)),
         w=(w_3C, (3, C)),
         b=(b_3, (3,)),
         target=(target_NP3, (N, P, 3)),
         weight=(weight_B, (B,)),
     )
-    ops = library.compiled(x_NPC)
-    run = flow_loss_reference if ops is None else ops.flow_loss
-    return run(x_NPC, norm_C, w_3C, b_3, target_NP3, weight_B, eps)
+    arguments = (x_NPC, norm_weight_C, w_3C, b_3, target_NP3, weight_B, eps)
+    chosen_body = body(x_NPC)
+    if chosen_body == "reference":
+        return flow_loss_reference(*arguments)
+    return flow_loss_forward.apply(*arguments, body=chosen_body)

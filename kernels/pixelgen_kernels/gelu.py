@@ -9,7 +9,7 @@ GELU: arXiv 1606.08415. The polynomial is the minimax fit of log2 Q on [0, 13.2]
 normal number, with the error weighted to 1e-6 absolute or 1.4e-4 relative, whichever is looser. One degree 9 is enough
 for every data type: an error of 1e-6 in float32, and after rounding to bfloat16 at most 0.53 ulp in gelu and in gelu',
 its zero at -0.7518 included. Its odd degree and negative leading coefficient take Q to 0 beyond the fit, and NaN stays
-NaN. libdevice's erf costs about twice the instructions, and a division three more than a squared rsqrt.
+NaN.
 Shapes: any; u, gelu and gelu' are float32 blocks. Finite u; the tanh form needs |u| < 1e19.
 """
 

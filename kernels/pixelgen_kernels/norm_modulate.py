@@ -1,19 +1,20 @@
 """Residual, RMSNorm and adaptive modulation of the token stream, in one operator.
 
     x' = x + gate * branch                                  (when a branch is pending)
-    y  = n * weight * (1 + scale) + shift                   n = x' r,  r = 1 / sqrt(mean(x'^2) + eps)
+    y  = n * norm_weight * (1 + scale) + shift                   n = x' r,  r = 1 / sqrt(mean(x'^2) + eps)
 
-    u       = dy * weight * (1 + scale)
+    u       = dy * norm_weight * (1 + scale)
     dx      = dx' + r (u - n mean(u n)),    dbranch = dx * gate,    dgate = sum_L dx * branch
-    dshift  = sum_L dy,    dscale = weight * sum_L dy n,    dweight = sum_B (1 + scale) sum_L dy n
+    dshift  = sum_L dy,    dscale = norm_weight * sum_L dy n,    dnorm_weight = sum_B (1 + scale) sum_L dy n
 
 Arithmetic is float32. Sums over tokens are partial sums per (image, chunk of tokens) and one reduction, in a fixed
 order. Backward keeps x', branch and r. PixelDiT (arXiv 2511.20645) section 3; AdaLN from DiT (arXiv 2212.09748)
-section 3.2. Shapes: x, x', branch, y [B, L, D]; weight [D]; shift, scale, gate [B, D], any row stride; r [B, L].
+section 3.2. Shapes: x, x', branch, y [B, L, D]; norm_weight [D]; shift, scale, gate [B, D], any row stride; r [B, L].
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -22,13 +23,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixelgen_kernels import library
-from pixelgen_kernels.launch import Launch, ModelShape
+from pixelgen_kernels.bodies import body
+from pixelgen_kernels.checks import check
+from pixelgen_kernels.launch import Launch
+from pixelgen_kernels.registration import operator
+from pixelgen_kernels.tuning import chosen
 
 
 def norm_modulate_reference(
     x_BLD: Tensor,
-    weight_D: Tensor,
+    norm_weight_D: Tensor,
     shift_BD: Tensor,
     scale_BD: Tensor,
     branch_BLD: Tensor | None,
@@ -38,7 +42,7 @@ def norm_modulate_reference(
     if branch_BLD is not None:
         x_BLD = (x_BLD + gate_BD[:, None] * branch_BLD).to(x_BLD.dtype)
     statistics = torch.promote_types(x_BLD.dtype, torch.float32)
-    norm_BLD = F.rms_norm(x_BLD.to(statistics), weight_D.shape, weight_D.to(statistics), eps)
+    norm_BLD = F.rms_norm(x_BLD.to(statistics), norm_weight_D.shape, norm_weight_D.to(statistics), eps)
     y_BLD = norm_BLD * (1.0 + scale_BD[:, None]) + shift_BD[:, None]
     return y_BLD.to(x_BLD.dtype), x_BLD
 
@@ -59,7 +63,7 @@ REDUCE_BLOCK_D, REDUCE_BLOCK_B, REDUCE_WARPS = 16, 64, 4
 
 @triton.jit
 def norm_modulate_fwd_kernel(
-    x_ptr, weight_ptr, shift_ptr, scale_ptr, branch_ptr, gate_ptr, y_ptr, xp_ptr, r_ptr,
+    x_ptr, norm_weight_ptr, shift_ptr, scale_ptr, branch_ptr, gate_ptr, y_ptr, xp_ptr, r_ptr,
     stride_shift, stride_scale, stride_gate, L, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -70,7 +74,7 @@ def norm_modulate_fwd_kernel(
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
 
-    weight = tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+    weight = tl.load(norm_weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + image * stride_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
     shift = tl.load(shift_ptr + image * stride_shift + o_d, mask=m_d, other=0.0).to(tl.float32)
     weight *= 1.0 + scale
@@ -97,7 +101,7 @@ def norm_modulate_fwd_kernel(
 
 @triton.jit
 def norm_modulate_bwd_kernel(
-    dy_ptr, dxp_ptr, xp_ptr, r_ptr, weight_ptr, scale_ptr, branch_ptr, gate_ptr, dx_ptr, dbranch_ptr, partial_ptr,
+    dy_ptr, dxp_ptr, xp_ptr, r_ptr, norm_weight_ptr, scale_ptr, branch_ptr, gate_ptr, dx_ptr, dbranch_ptr, partial_ptr,
     stride_scale, stride_gate, L,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_L: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -108,7 +112,7 @@ def norm_modulate_bwd_kernel(
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
 
-    weight = tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+    weight = tl.load(norm_weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
     scale = tl.load(scale_ptr + image * stride_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
     weight *= 1.0 + scale
     sum_dy = tl.zeros([BLOCK_D], tl.float32)
@@ -152,14 +156,14 @@ def norm_modulate_bwd_kernel(
 
 @triton.jit
 def norm_modulate_bwd_reduce_kernel(
-    partial_ptr, weight_ptr, scale_ptr, dweight_ptr, dshift_ptr, dscale_ptr, dgate_ptr,
+    partial_ptr, norm_weight_ptr, scale_ptr, dnorm_weight_ptr, dshift_ptr, dscale_ptr, dgate_ptr,
     stride_scale, B, chunks,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """partial [B, chunks, 3, D] -> dshift, dscale, dgate [B, D] and dweight [D]; a program owns BLOCK_D columns."""
+    """partial [B, chunks, 3, D] -> dshift, dscale, dgate [B, D], dnorm_weight [D]; a program owns BLOCK_D columns."""
     o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
     m_d = o_d < D
-    weight = tl.load(weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
+    weight = tl.load(norm_weight_ptr + o_d, mask=m_d, other=0.0).to(tl.float32)
     dweight = tl.zeros([BLOCK_B, BLOCK_D], tl.float32)
     for b in range(0, B, BLOCK_B):
         o_b = (b + tl.arange(0, BLOCK_B)[:, None]).to(tl.int64)
@@ -180,8 +184,8 @@ def norm_modulate_bwd_reduce_kernel(
         tl.store(dscale_ptr + offset, (weight * sum_dyn).to(dscale_ptr.dtype.element_ty), mask=mask)
         if dgate_ptr is not None:
             tl.store(dgate_ptr + offset, sum_gate.to(dgate_ptr.dtype.element_ty), mask=mask)
-    dweight = tl.sum(dweight, axis=0)[None, :].to(dweight_ptr.dtype.element_ty)
-    tl.store(dweight_ptr + o_d, dweight, mask=m_d)
+    dweight = tl.sum(dweight, axis=0)[None, :].to(dnorm_weight_ptr.dtype.element_ty)
+    tl.store(dnorm_weight_ptr + o_d, dweight, mask=m_d)
 
 
 def _row_block(D: int) -> tuple[int, int]:
@@ -190,8 +194,62 @@ def _row_block(D: int) -> tuple[int, int]:
     return block, min(max(block // 256, 1), 16)
 
 
+@functools.cache
+def plan_forward(B: int, L: int, D: int, pending: bool, itemsize: int, config: Config) -> Launch:
+    """pending: whether a branch is added first."""
+    block_d, num_warps = _row_block(D)
+    return Launch(
+        name="norm_modulate_fwd",
+        kernel=norm_modulate_fwd_kernel,
+        grid=B * triton.cdiv(L, config.chunk_fwd),
+        constants={"D": D, "BLOCK_D": block_d, "BLOCK_L": config.block_l, "CHUNK": config.chunk_fwd},
+        num_warps=num_warps,
+        num_stages=1,
+        # x and y, and with a branch the branch and x'; the row's statistics; shift, scale and gate
+        bytes_moved=itemsize * B * L * D * (4 if pending else 2) + 4 * B * L + itemsize * B * D * (3 if pending else 2),
+        rows=B * L,
+        loops=(config.chunk_fwd // config.block_l,),
+    )
+
+
+@functools.cache
+def plan_backward(
+    B: int, L: int, D: int, pending: bool, flowing: bool, itemsize: int, config: Config
+) -> tuple[int, Launch, Launch]:
+    """(chunks of an image, the pass over tokens, the reduction of its partial sums).
+
+    pending: whether a branch was added. flowing: whether x' has a gradient of its own.
+    """
+    block_d, num_warps = _row_block(D)
+    chunks = triton.cdiv(L, config.chunk_bwd)
+    partials, streams = B * chunks * 3 * D * 4, 3 + flowing + 2 * pending
+    rows = Launch(
+        name="norm_modulate_bwd",
+        kernel=norm_modulate_bwd_kernel,
+        grid=B * chunks,
+        constants={"D": D, "BLOCK_D": block_d, "BLOCK_L": config.block_l, "CHUNK": config.chunk_bwd},
+        num_warps=num_warps,
+        num_stages=1,
+        bytes_moved=itemsize * B * L * D * streams + 4 * B * L + partials * (3 if pending else 2) // 3,
+        rows=B * L,
+        loops=(config.chunk_bwd // config.block_l,),
+    )
+    reduction = Launch(
+        name="norm_modulate_bwd_reduce",
+        kernel=norm_modulate_bwd_reduce_kernel,
+        grid=triton.cdiv(D, REDUCE_BLOCK_D),
+        constants={"D": D, "BLOCK_D": REDUCE_BLOCK_D, "BLOCK_B": REDUCE_BLOCK_B},
+        num_warps=REDUCE_WARPS,
+        num_stages=1,
+        bytes_moved=partials * (3 if pending else 2) // 3 + itemsize * B * D * (4 if pending else 3),
+        rows=B * L,
+        loops=(triton.cdiv(B, REDUCE_BLOCK_B), chunks),
+    )
+    return chunks, rows, reduction
+
+
 def _fake_forward(
-    x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, branch: Tensor | None, gate: Tensor | None, eps: float
+    x: Tensor, norm_weight: Tensor, shift: Tensor, scale: Tensor, branch: Tensor | None, gate: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     # x' is x where no branch is pending, and an operator may not return its input: an empty tensor stands for it
     xp = x.new_empty(0) if branch is None else torch.empty_like(x)
@@ -199,7 +257,7 @@ def _fake_forward(
 
 
 def _fake_backward(
-    dy: Tensor, dxp: Tensor | None, xp: Tensor, r: Tensor, weight: Tensor, scale: Tensor, branch: Tensor | None,
+    dy: Tensor, dxp: Tensor | None, xp: Tensor, r: Tensor, norm_weight: Tensor, scale: Tensor, branch: Tensor | None,
     gate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     B, _, D = xp.shape
@@ -207,132 +265,76 @@ def _fake_backward(
     return (
         torch.empty_like(xp),
         xp.new_empty(0) if absent else torch.empty_like(branch),
-        torch.empty_like(weight),
+        torch.empty_like(norm_weight),
         scale.new_empty(B, D),
         scale.new_empty(B, D),
         scale.new_empty(0) if absent else scale.new_empty(B, D),
     )
 
 
-def launch_forward(
-    x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, branch: Tensor | None, gate: Tensor | None, eps: float,
-    config: Config = CONFIGS[0],
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    y, xp, r = _fake_forward(x, weight, shift, scale, branch, gate, eps)
+@operator("norm_modulate", _fake_forward)
+def norm_modulate_forward(
+    x: Tensor, norm_weight: Tensor, shift: Tensor, scale: Tensor, branch: Tensor | None, gate: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, x', r)."""
+    y, xp, r = _fake_forward(x, norm_weight, shift, scale, branch, gate, eps)
     B, L, D = x.shape
-    block_d, num_warps = _row_block(D)
-    norm_modulate_fwd_kernel[(B * triton.cdiv(L, config.chunk_fwd),)](
-        x, weight, shift, scale, branch, gate, y, xp, r,
+    launch = plan_forward(B, L, D, branch is not None, x.element_size(), chosen("norm_modulate", CONFIGS, D))
+    launch.start(
+        x, norm_weight, shift, scale, branch, gate, y, xp, r,
         shift.stride(0), scale.stride(0), 0 if gate is None else gate.stride(0), L, eps,
-        D, block_d, config.block_l, config.chunk_fwd, num_warps=num_warps,
     )  # fmt: skip
     return y, xp, r
 
 
-def launch_backward(
-    dy: Tensor, dxp: Tensor | None, xp: Tensor, r: Tensor, weight: Tensor, scale: Tensor, branch: Tensor | None,
-    gate: Tensor | None, config: Config = CONFIGS[0],
+@operator("norm_modulate_backward", _fake_backward)
+def norm_modulate_backward(
+    dy: Tensor, dxp: Tensor | None, xp: Tensor, r: Tensor, norm_weight: Tensor, scale: Tensor, branch: Tensor | None,
+    gate: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    grads = _fake_backward(dy, dxp, xp, r, weight, scale, branch, gate)
-    dx, dbranch, dweight, dshift, dscale, dgate = grads
+    grads = _fake_backward(dy, dxp, xp, r, norm_weight, scale, branch, gate)
+    dx, dbranch, dnorm_weight, dshift, dscale, dgate = grads
     B, L, D = xp.shape
-    block_d, num_warps = _row_block(D)
-    chunks = triton.cdiv(L, config.chunk_bwd)
+    config = chosen("norm_modulate", CONFIGS, D)
+    chunks, rows, reduction = plan_backward(B, L, D, branch is not None, dxp is not None, xp.element_size(), config)
     partial = xp.new_empty((B, chunks, 3, D), dtype=torch.float32)
-    norm_modulate_bwd_kernel[(B * chunks,)](
-        dy, dxp, xp, r, weight, scale, branch, gate, dx, dbranch, partial,
+    rows.start(
+        dy, dxp, xp, r, norm_weight, scale, branch, gate, dx, dbranch, partial,
         scale.stride(0), 0 if gate is None else gate.stride(0), L,
-        D, block_d, config.block_l, config.chunk_bwd, num_warps=num_warps,
     )  # fmt: skip
-    norm_modulate_bwd_reduce_kernel[(triton.cdiv(D, REDUCE_BLOCK_D),)](
-        partial, weight, scale, dweight, dshift, dscale, None if gate is None else dgate,
-        scale.stride(0), B, chunks, D, REDUCE_BLOCK_D, REDUCE_BLOCK_B, num_warps=REDUCE_WARPS,
+    reduction.start(
+        partial, norm_weight, scale, dnorm_weight, dshift, dscale, None if gate is None else dgate,
+        scale.stride(0), B, chunks,
     )  # fmt: skip
     return grads
 
 
-@library.operator("norm_modulate", _fake_forward)
-def _norm_modulate(
-    x: Tensor, weight: Tensor, shift: Tensor, scale: Tensor, branch: Tensor | None, gate: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    return launch_forward(x, weight, shift, scale, branch, gate, eps)
-
-
-@library.operator("norm_modulate_backward", _fake_backward)
-def _norm_modulate_backward(
-    dy: Tensor, dxp: Tensor | None, xp: Tensor, r: Tensor, weight: Tensor, scale: Tensor, branch: Tensor | None,
-    gate: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return launch_backward(dy, dxp, xp, r, weight, scale, branch, gate)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, weight, _, scale, branch, gate, _ = inputs
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, norm_weight, _, scale, branch, gate, _ = inputs
     _, xp, r = output
-    ctx.save_for_backward(x if branch is None else xp, r, weight, scale, branch, gate)
+    ctx.save_for_backward(x if branch is None else xp, r, norm_weight, scale, branch, gate)
     # an absent gradient of x' must not cost a tensor of zeros
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, dy: Tensor | None, dxp: Tensor | None, dr: Tensor | None) -> tuple[Tensor | None, ...]:
-    xp, r, weight, scale, branch, gate = ctx.saved_tensors
+    xp, r, norm_weight, scale, branch, gate = ctx.saved_tensors
     dy = torch.zeros_like(xp) if dy is None else dy.contiguous()
     dxp = None if dxp is None or branch is None else dxp.contiguous()
-    dx, dbranch, dweight, dshift, dscale, dgate = library.kernels.norm_modulate_backward(
-        dy, dxp, xp, r, weight, scale, branch, gate
+    dx, dbranch, dnorm_weight, dshift, dscale, dgate = norm_modulate_backward(
+        dy, dxp, xp, r, norm_weight, scale, branch, gate
     )
     if branch is None:
-        return dx, dweight, dshift, dscale, None, None, None
-    return dx, dweight, dshift, dscale, dbranch, dgate, None
+        return dx, dnorm_weight, dshift, dscale, None, None, None
+    return dx, dnorm_weight, dshift, dscale, dbranch, dgate, None
 
 
-_norm_modulate.register_autograd(_backward, setup_context=_setup_context)
-
-
-def aot(shape: ModelShape, config: Config = CONFIGS[0]) -> list[Launch]:
-    """The launches of one norm_modulate with a pending branch, as plain data for the report."""
-    B, L, D = shape.batch, shape.tokens, shape.width
-    block_d, num_warps = _row_block(D)
-    stream = shape.rows * D * 2
-    chunks = triton.cdiv(L, config.chunk_bwd)
-    partials = B * chunks * 3 * D * 4
-
-    def launch(name: str, kernel: Any, tensors: str, floats: str, integers: str, **fields: Any) -> Launch:
-        signature = {f"{t}_ptr": "*bf16" for t in tensors.split()} | {f"{t}_ptr": "*fp32" for t in floats.split()}
-        signature |= {i: "i32" for i in integers.split()} | ({"eps": "fp32"} if "fwd" in name else {})
-        return Launch(
-            name=f"norm_modulate_{name}", kernel=kernel, signature=signature, num_stages=1, flops=0, rows=shape.rows,
-            divisible=tuple(i for i in integers.split() if i != "chunks"), **fields,
-        )  # fmt: skip
-
-    rows = {"D": D, "BLOCK_D": block_d, "BLOCK_L": config.block_l}
-    return [
-        launch(
-            "fwd", norm_modulate_fwd_kernel, "x weight shift scale branch gate y xp", "r",
-            "stride_shift stride_scale stride_gate L",
-            constexprs=rows | {"CHUNK": config.chunk_fwd}, num_warps=num_warps,
-            grid=B * triton.cdiv(L, config.chunk_fwd), bytes_moved=4 * stream + 4 * shape.rows + 6 * B * D,
-            loops=(config.chunk_fwd // config.block_l,),
-        ),
-        launch(
-            "bwd", norm_modulate_bwd_kernel, "dy dxp xp weight scale branch gate dx dbranch", "r partial",
-            "stride_scale stride_gate L",
-            constexprs=rows | {"CHUNK": config.chunk_bwd}, num_warps=num_warps, grid=B * chunks,
-            bytes_moved=6 * stream + 4 * shape.rows + partials, loops=(config.chunk_bwd // config.block_l,),
-        ),
-        launch(
-            "bwd_reduce", norm_modulate_bwd_reduce_kernel, "weight scale dweight dshift dscale dgate", "partial",
-            "stride_scale B chunks",
-            constexprs={"D": D, "BLOCK_D": REDUCE_BLOCK_D, "BLOCK_B": REDUCE_BLOCK_B}, num_warps=REDUCE_WARPS,
-            grid=triton.cdiv(D, REDUCE_BLOCK_D), bytes_moved=partials + 8 * B * D,
-            loops=(triton.cdiv(B, REDUCE_BLOCK_B), chunks),
-        ),
-    ]  # fmt: skip
+norm_modulate_forward.gradient(_save, _backward)
 
 
 def norm_modulate(
     x_BLD: Tensor,
-    weight_D: Tensor,
+    norm_weight_D: Tensor,
     shift_BD: Tensor,
     scale_BD: Tensor,
     branch_BLD: Tensor | None = None,
@@ -341,21 +343,22 @@ def norm_modulate(
 ) -> tuple[Tensor, Tensor]:
     """Return (y, x'), both [B, L, D] in x's dtype. branch and gate are given together or not at all.
 
-    x, branch and weight are contiguous, float32, bfloat16 or float16; shift, scale and gate may be slices of one packed
-    [B, 6 D] tensor. Raises ValueError naming what does not fit.
+    x, branch and norm_weight are contiguous, float32, bfloat16 or float16; shift, scale and gate may be slices of one
+    packed [B, 6 D] tensor. Raises ValueError naming what does not fit.
     """
     if x_BLD.ndim != 3:
         raise ValueError(f"norm_modulate: x must be [B, L, D], got {list(x_BLD.shape)}")
     if (branch_BLD is None) != (gate_BD is None):
         raise ValueError("norm_modulate: branch and gate must be given together, got only one of them")
     B, L, D = x_BLD.shape
-    wanted = {"x": (x_BLD, (B, L, D)), "weight": (weight_D, (D,))}
+    wanted = {"x": (x_BLD, (B, L, D)), "norm_weight": (norm_weight_D, (D,))}
     wanted |= {"shift": (shift_BD, (B, D)), "scale": (scale_BD, (B, D))}
     if branch_BLD is not None:
         wanted |= {"branch": (branch_BLD, (B, L, D)), "gate": (gate_BD, (B, D))}
-    library.check("norm_modulate", x_BLD, rows=("shift", "scale", "gate"), **wanted)
-    ops = library.compiled(x_BLD)
-    if ops is None:
-        return norm_modulate_reference(x_BLD, weight_D, shift_BD, scale_BD, branch_BLD, gate_BD, eps)
-    y_BLD, xp_BLD, _ = ops.norm_modulate(x_BLD, weight_D, shift_BD, scale_BD, branch_BLD, gate_BD, eps)
+    check("norm_modulate", x_BLD, rows=("shift", "scale", "gate"), **wanted)
+    arguments = (x_BLD, norm_weight_D, shift_BD, scale_BD, branch_BLD, gate_BD, eps)
+    chosen_body = body(x_BLD)
+    if chosen_body == "reference":
+        return norm_modulate_reference(*arguments)
+    y_BLD, xp_BLD, _ = norm_modulate_forward.apply(*arguments, body=chosen_body)
     return y_BLD, x_BLD if branch_BLD is None else xp_BLD

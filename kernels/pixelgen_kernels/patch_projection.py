@@ -7,8 +7,8 @@
     dW = dtokens^T features,   dbias = sum dtokens     image, noise and pixels get no gradient
 
 A first kernel draws each quad of Philox numbers once and writes z in both orders, patch-major pixels and features; the
-projection reads the features. Backward reads them again, 6 bytes a pixel, a third of the modelled time of drawing the
-noise again. dW is summed over parts of the tokens, then over parts, in a fixed order. Path: arXiv 2511.20645
+projection reads the features. Backward reads them again, which is less work than drawing the noise again. dW is summed
+over parts of the tokens, then over parts, in a fixed order. Path: arXiv 2511.20645
 section 3; the convolution with kernel = stride = patch: ViT (arXiv 2010.11929) section 3.1. Shapes: image uint8
 [B, H, W, 3] or float [B, 3, H, W]; features [B, L, 3 P]; tokens [B, L, D]; pixels [B, L, P, 3]; W [D, 3 P]; bias [D].
 """
@@ -18,6 +18,7 @@ section 3; the convolution with kernel = stride = patch: ViT (arXiv 2010.11929) 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +28,12 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
-from pixelgen_kernels import library, philox
-from pixelgen_kernels.launch import Launch, ModelShape
+from pixelgen_kernels import philox
+from pixelgen_kernels.bodies import INTERPRETED, body
+from pixelgen_kernels.checks import check
+from pixelgen_kernels.launch import Launch
+from pixelgen_kernels.registration import operator
+from pixelgen_kernels.tuning import chosen
 
 
 def patch_projection_reference(z_BCHW: Tensor, weight: Tensor, bias: Tensor, patch: int) -> tuple[Tensor, Tensor]:
@@ -132,9 +137,9 @@ def _merge(parts, FIRST: tl.constexpr, LEVELS: tl.constexpr):
     return merged[0]
 
 
-@triton.jit
-def patch_projection_noise_fwd_kernel(
-    image_ptr, numbers_ptr, t_ptr, features_ptr, pixels_ptr, target_ptr, seed, noise_scale,
+@triton.jit(do_not_specialize=["seed_low", "seed_high"])
+def noised_patch_projection_noise_fwd_kernel(
+    image_ptr, numbers_ptr, t_ptr, features_ptr, pixels_ptr, target_ptr, seed_low, seed_high, noise_scale,
     H: tl.constexpr, W: tl.constexpr, PATCH: tl.constexpr, LEVELS: tl.constexpr, BLOCK_G: tl.constexpr,
     PLANAR: tl.constexpr,
 ):  # fmt: skip
@@ -155,6 +160,7 @@ def patch_projection_noise_fwd_kernel(
     low, high = (number & 0xFFFFFFFF).to(tl.uint32), (number >> 32).to(tl.uint32)
     t = tl.load(t_ptr + image).to(tl.float32)
     keep = (1.0 - t) * noise_scale
+    seed = philox.key_of(seed_low, seed_high)
 
     # x, e: 3 GROUP columns, channel-major: channel c of pixel i at c GROUP + i
     x = ()
@@ -195,7 +201,7 @@ def patch_projection_noise_fwd_kernel(
 
 
 @triton.jit
-def patch_projection_fwd_kernel(
+def noised_patch_projection_fwd_kernel(
     features_ptr, weight_ptr, bias_ptr, tokens_ptr, M, D: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -218,7 +224,7 @@ def patch_projection_fwd_kernel(
 
 
 @triton.jit
-def patch_projection_bwd_kernel(
+def noised_patch_projection_bwd_kernel(
     dtokens_ptr, features_ptr, partial_ptr, M, rows, D: tl.constexpr, K: tl.constexpr, DTYPE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
@@ -253,7 +259,7 @@ def patch_projection_bwd_kernel(
 
 
 @triton.jit
-def patch_projection_bwd_reduce_kernel(partial_ptr, out_ptr, N, splits, BLOCK: tl.constexpr):
+def noised_patch_projection_bwd_reduce_kernel(partial_ptr, out_ptr, N, splits, BLOCK: tl.constexpr):
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for split in range(splits):
@@ -261,10 +267,10 @@ def patch_projection_bwd_reduce_kernel(partial_ptr, out_ptr, N, splits, BLOCK: t
     tl.store(out_ptr + o, total.to(out_ptr.dtype.element_ty), mask=o < N)
 
 
-def _operand(weight: Tensor) -> Any:
+def _operand(dtype: torch.dtype) -> Any:
     """Type of the operands of the products: float32 in the interpreter, whose products are right in it only."""
     kinds = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-    return tl.float32 if library.INTERPRETED else kinds.get(weight.dtype, tl.float32)
+    return tl.float32 if INTERPRETED else kinds.get(dtype, tl.float32)
 
 
 def _group(patch: int) -> int:
@@ -281,6 +287,77 @@ def _splits(tokens: int, config: Config) -> tuple[int, int]:
     """(parts of the tokens, tokens of a part), a part a multiple of STEP."""
     rows = triton.cdiv(max(triton.cdiv(tokens, config.splits), 1), STEP) * STEP
     return triton.cdiv(tokens, rows), rows
+
+
+@functools.cache
+def plan_forward(
+    B: int, H: int, W: int, patch: int, planar: bool, image_bytes: int, D: int, dtype: torch.dtype, config: Config
+) -> tuple[Launch, Launch]:
+    """(noise, projection). planar: a float image. image_bytes: of one number of it. dtype: of the weight."""
+    M, K, pixels, group, size = B * (H * W // patch**2), 3 * patch**2, B * H * W, _group(patch), dtype.itemsize
+    noise = Launch(
+        name="noised_patch_projection_noise_fwd",
+        kernel=noised_patch_projection_noise_fwd_kernel,
+        grid=B * triton.cdiv(H * W // group, config.block_g),
+        constants={
+            "H": H, "W": W, "PATCH": patch, "LEVELS": group.bit_length() - 1, "BLOCK_G": config.block_g,
+            "PLANAR": planar,
+        },
+        num_warps=config.noise_warps,
+        num_stages=1,
+        bytes_moved=pixels * 3 * (image_bytes + 2 * size + 4),
+        rows=pixels,
+    )  # fmt: skip
+    projection = Launch(
+        name="noised_patch_projection_fwd",
+        kernel=noised_patch_projection_fwd_kernel,
+        grid=triton.cdiv(M, config.block_m) * triton.cdiv(D, config.block_n),
+        constants={
+            "D": D, "K": K, "DTYPE": _operand(dtype), "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+            "BLOCK_K": STEP,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.stages,
+        flops=2 * M * D * K,
+        bytes_moved=size * (M * K + D * K + M * D + D),
+        rows=M,
+        loops=(triton.cdiv(K, STEP),),
+    )  # fmt: skip
+    return noise, projection
+
+
+@functools.cache
+def plan_backward(M: int, D: int, K: int, dtype: torch.dtype, config: Config) -> tuple[int, int, Launch, Launch]:
+    """(parts of the tokens, tokens of a part, the products of the parts, their sum). dtype: of the weight."""
+    splits, rows = _splits(M, config)
+    packed = D * K + D
+    products = Launch(
+        name="noised_patch_projection_bwd",
+        kernel=noised_patch_projection_bwd_kernel,
+        grid=splits * triton.cdiv(D, config.block_d) * triton.cdiv(K, config.block_k),
+        constants={
+            "D": D, "K": K, "DTYPE": _operand(dtype), "BLOCK_D": config.block_d, "BLOCK_K": config.block_k,
+            "BLOCK_M": STEP,
+        },
+        num_warps=config.num_warps,
+        num_stages=config.stages,
+        flops=2 * M * D * K,
+        bytes_moved=dtype.itemsize * M * (K + D) + 4 * splits * packed,
+        rows=M,
+        loops=(rows // STEP,),
+    )  # fmt: skip
+    reduction = Launch(
+        name="noised_patch_projection_bwd_reduce",
+        kernel=noised_patch_projection_bwd_reduce_kernel,
+        grid=triton.cdiv(packed, REDUCE_BLOCK),
+        constants={"BLOCK": REDUCE_BLOCK},
+        num_warps=REDUCE_WARPS,
+        num_stages=1,
+        bytes_moved=(4 * splits + dtype.itemsize) * packed,
+        rows=max(M, 1),
+        loops=(splits,),
+    )
+    return splits, rows, products, reduction
 
 
 def _fake_forward(
@@ -301,45 +378,6 @@ def _fake_backward(dtokens: Tensor, features: Tensor, weight: Tensor, bias: Tens
     return weight.new_empty(weight.numel() + bias.numel(), dtype=dtype)
 
 
-def launch_forward(
-    image: Tensor, numbers: Tensor, t: Tensor, weight: Tensor, bias: Tensor, patch: int, seed: int, noise_scale: float,
-    config: Config = CONFIGS[0],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    outputs = _fake_forward(image, numbers, t, weight, bias, patch, seed, noise_scale)
-    tokens, pixels, target, features = outputs
-    (B, H, W), (D, K), group = _sizes(image), weight.shape, _group(patch)
-    patch_projection_noise_fwd_kernel[(B * triton.cdiv(H * W // group, config.block_g),)](
-        image, numbers, t, features, pixels, target, seed, noise_scale,
-        H, W, patch, group.bit_length() - 1, config.block_g, image.dtype != torch.uint8, num_warps=config.noise_warps,
-    )  # fmt: skip
-    M = tokens.shape[0] * tokens.shape[1]
-    patch_projection_fwd_kernel[(triton.cdiv(M, config.block_m) * triton.cdiv(D, config.block_n),)](
-        features, weight, bias, tokens, M, D, K, _operand(weight), config.block_m, config.block_n, STEP,
-        num_warps=config.num_warps, num_stages=config.stages,
-    )  # fmt: skip
-    return outputs
-
-
-def launch_backward(
-    dtokens: Tensor, features: Tensor, weight: Tensor, bias: Tensor, config: Config = CONFIGS[0]
-) -> Tensor:
-    """dW | dbias in one tensor [D K + D]."""
-    D, K = weight.shape
-    M = features.shape[0] * features.shape[1]
-    splits, rows = _splits(M, config)
-    partial = features.new_empty((splits, D * K + D), dtype=torch.float32)
-    packed = _fake_backward(dtokens, features, weight, bias)
-    tiles = triton.cdiv(D, config.block_d) * triton.cdiv(K, config.block_k)
-    patch_projection_bwd_kernel[(splits * tiles,)](
-        dtokens, features, partial, M, rows, D, K, _operand(weight), config.block_d, config.block_k, STEP,
-        num_warps=config.num_warps, num_stages=config.stages,
-    )  # fmt: skip
-    patch_projection_bwd_reduce_kernel[(triton.cdiv(D * K + D, REDUCE_BLOCK),)](
-        partial, packed, D * K + D, splits, REDUCE_BLOCK, num_warps=REDUCE_WARPS
-    )
-    return packed
-
-
 def _flops_forward(
     image: torch.Size, numbers: torch.Size, t: torch.Size, weight: torch.Size, *_: Any, out_shape: Any, **__: Any
 ) -> int:
@@ -351,19 +389,36 @@ def _flops_backward(dtokens: torch.Size, features: torch.Size, weight: torch.Siz
     return 2 * dtokens[0] * dtokens[1] * weight[0] * weight[1]
 
 
-@library.operator("patch_projection", _fake_forward, _flops_forward)
-def _patch_projection(
+@operator("noised_patch_projection", _fake_forward, _flops_forward)
+def noised_patch_projection_forward(
     image: Tensor, numbers: Tensor, t: Tensor, weight: Tensor, bias: Tensor, patch: int, seed: int, noise_scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return launch_forward(image, numbers, t, weight, bias, patch, seed, noise_scale)
+    """(tokens, pixels, target, features)."""
+    outputs = _fake_forward(image, numbers, t, weight, bias, patch, seed, noise_scale)
+    tokens, pixels, target, features = outputs
+    (B, H, W), (D, K) = _sizes(image), weight.shape
+    config = chosen("noised_patch_projection", CONFIGS, D, K)
+    planar = image.dtype != torch.uint8
+    noise, projection = plan_forward(B, H, W, patch, planar, image.element_size(), D, weight.dtype, config)
+    noise.start(image, numbers, t, features, pixels, target, *philox.halves(seed), noise_scale)
+    projection.start(features, weight, bias, tokens, tokens.shape[0] * tokens.shape[1])
+    return outputs
 
 
-@library.operator("patch_projection_backward", _fake_backward, _flops_backward)
-def _patch_projection_backward(dtokens: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return launch_backward(dtokens, features, weight, bias)
+@operator("noised_patch_projection_backward", _fake_backward, _flops_backward)
+def noised_patch_projection_backward(dtokens: Tensor, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """dW | dbias in one tensor [D K + D]."""
+    (D, K), M = weight.shape, features.shape[0] * features.shape[1]
+    config = chosen("noised_patch_projection", CONFIGS, D, K)
+    splits, rows, products, reduction = plan_backward(M, D, K, weight.dtype, config)
+    partial = features.new_empty((splits, D * K + D), dtype=torch.float32)
+    packed = _fake_backward(dtokens, features, weight, bias)
+    products.start(dtokens, features, partial, M, rows)
+    reduction.start(partial, packed, D * K + D, splits)
+    return packed
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(output[3], *inputs[3:5])
     # pixels and target carry no gradient, and an absent one must not cost a tensor of zeros
     ctx.set_materialize_grads(False)
@@ -373,57 +428,12 @@ def _backward(ctx: Any, dtokens: Tensor | None, *_: Tensor | None) -> tuple[Tens
     if dtokens is None:
         return (None,) * 8
     features, weight, bias = ctx.saved_tensors
-    packed = library.kernels.patch_projection_backward(dtokens.contiguous(), features, weight, bias)
+    packed = noised_patch_projection_backward(dtokens.contiguous(), features, weight, bias)
     dweight, dbias = packed.split([weight.numel(), bias.numel()])
     return None, None, None, dweight.view_as(weight).to(weight.dtype), dbias.to(bias.dtype), None, None, None
 
 
-_patch_projection.register_autograd(_backward, setup_context=_setup_context)
-
-
-def aot(shape: ModelShape, config: Config = CONFIGS[0]) -> list[Launch]:
-    """The launches of one noised projection of uint8 images, as plain data for the report."""
-    M, D, P, size = shape.rows, shape.width, shape.patch**2, shape.image
-    K, pixels, group = 3 * P, shape.pixel_rows, _group(shape.patch)
-    splits, rows = _splits(M, config)
-    tiles = triton.cdiv(D, config.block_d) * triton.cdiv(K, config.block_k)
-    flops, packed = 2 * M * D * K, D * K + D
-    product = {"num_warps": config.num_warps, "num_stages": config.stages, "flops": flops, "rows": M}
-    product_constants = {"D": D, "K": K, "DTYPE": tl.bfloat16}
-
-    def launch(name: str, kernel: Any, **fields: Any) -> Launch:
-        kinds = {"image_ptr": "*u8", "numbers_ptr": "*i64", "seed": "i64", "noise_scale": "fp32"}
-        kinds |= dict.fromkeys(("t_ptr", "target_ptr", "partial_ptr"), "*fp32")
-        kinds |= dict.fromkeys(("M", "N", "rows", "splits"), "i32")
-        signature = {a: kinds.get(a, "*bf16") for a in kernel.arg_names if a not in fields["constexprs"]}
-        divisible = tuple(a for a in ("M", "N", "rows") if a in signature)
-        return Launch(f"patch_projection_{name}", kernel, signature, divisible=divisible, **fields)
-
-    return [
-        launch(
-            "noise_fwd", patch_projection_noise_fwd_kernel, num_warps=config.noise_warps, num_stages=1, flops=0,
-            constexprs={"H": size, "W": size, "PATCH": shape.patch, "LEVELS": group.bit_length() - 1,
-                        "BLOCK_G": config.block_g, "PLANAR": False},
-            grid=shape.batch * triton.cdiv(size * size // group, config.block_g),
-            bytes_moved=pixels * 3 * (1 + 2 + 2 + 4), rows=pixels,
-        ),
-        launch(
-            "fwd", patch_projection_fwd_kernel, **product,
-            constexprs=product_constants | {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": STEP},
-            grid=triton.cdiv(M, config.block_m) * triton.cdiv(D, config.block_n),
-            bytes_moved=2 * (M * K + D * K + M * D + D), loops=(triton.cdiv(K, STEP),),
-        ),
-        launch(
-            "bwd", patch_projection_bwd_kernel, **product,
-            constexprs=product_constants | {"BLOCK_D": config.block_d, "BLOCK_K": config.block_k, "BLOCK_M": STEP},
-            grid=splits * tiles, bytes_moved=2 * M * (K + D) + 4 * splits * packed, loops=(rows // STEP,),
-        ),
-        launch(
-            "bwd_reduce", patch_projection_bwd_reduce_kernel, num_warps=REDUCE_WARPS, num_stages=1, flops=0, rows=M,
-            constexprs={"BLOCK": REDUCE_BLOCK}, grid=triton.cdiv(packed, REDUCE_BLOCK),
-            bytes_moved=(4 * splits + 2) * packed, loops=(splits,),
-        ),
-    ]  # fmt: skip
+noised_patch_projection_forward.gradient(_save, _backward)
 
 
 def patch_projection(z_BCHW: Tensor, weight: Tensor, bias: Tensor, patch: int) -> tuple[Tensor, Tensor]:
@@ -476,14 +486,13 @@ def noised_patch_projection(
         raise ValueError(f"{op}: image must be contiguous on {weight.device}; call .contiguous() or .to() first")
     D = weight.shape[0]
     floats = {"weight": (weight, (D, 3 * patch * patch)), "bias": (bias, (D,)), "t": (t, (B,))}
-    library.check(op, weight, **floats, **({"image": (image, image.shape)} if planar else {}))
+    check(op, weight, **floats, **({"image": (image, image.shape)} if planar else {}))
     for name, constant in (("image", image), ("t", t)):
         if constant.requires_grad:
             raise ValueError(f"{op}: {name} gets no gradient, but requires one; pass {name}.detach()")
-    # the key is 64 bits: an operator's integers are signed
-    seed = (seed + 2**63) % 2**64 - 2**63
-    ops = library.compiled(weight)
-    if ops is None:
-        return noised_patch_projection_reference(image, numbers, t, weight, bias, patch, seed, noise_scale)
-    tokens, pixels, target, _ = ops.patch_projection(image, numbers, t, weight, bias, patch, seed, noise_scale)
+    arguments = (image, numbers, t, weight, bias, patch, philox.signed(seed), noise_scale)
+    chosen_body = body(weight)
+    if chosen_body == "reference":
+        return noised_patch_projection_reference(*arguments)
+    tokens, pixels, target, _ = noised_patch_projection_forward.apply(*arguments, body=chosen_body)
     return tokens, pixels.detach(), target.detach()

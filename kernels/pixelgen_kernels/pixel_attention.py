@@ -22,8 +22,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pixelgen_kernels import library
 from pixelgen_kernels.attention import attention, attention_reference
+from pixelgen_kernels.checks import check
 from pixelgen_kernels.pixel_modulate import pixel_modulate, pixel_modulate_reference
 from pixelgen_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 
@@ -31,14 +31,15 @@ Save = Literal["store", "recompute"]
 
 
 class PixelAttentionWeights(NamedTuple):
-    """norm [C]; compress [D, P C], [D]; qkv [3 D, D]; q_norm, k_norm [d]; proj [D, D], [D]; expand [P C, D], [P C]."""
+    """norm_weight [C]; compress [D, P C], [D]; qkv [3 D, D]; q_norm_weight, k_norm_weight [d]; proj [D, D], [D];
+    expand [P C, D], [P C]."""
 
-    norm: Tensor
+    norm_weight: Tensor
     compress_weight: Tensor
     compress_bias: Tensor
     qkv_weight: Tensor
-    q_norm: Tensor
-    k_norm: Tensor
+    q_norm_weight: Tensor
+    k_norm_weight: Tensor
     proj_weight: Tensor
     proj_bias: Tensor
     expand_weight: Tensor
@@ -54,10 +55,12 @@ def pixel_attention_reference(
     heads: int,
     eps: float = 1e-6,
 ) -> Tensor:
-    h_NPC = pixel_modulate_reference(x_NPC, w.norm, modulation, eps)
+    h_NPC = pixel_modulate_reference(x_NPC, w.norm_weight, modulation, eps)
     tokens = rearrange(h_NPC, "(B L) P C -> B L (P C)", L=cos.shape[0]).to(w.compress_weight.dtype)
     tokens = F.linear(tokens, w.compress_weight, w.compress_bias)
-    q, k, v = qk_norm_rope_reference(F.linear(tokens, w.qkv_weight), w.q_norm, w.k_norm, cos, sin, heads, eps)
+    q, k, v = qk_norm_rope_reference(
+        F.linear(tokens, w.qkv_weight), w.q_norm_weight, w.k_norm_weight, cos, sin, heads, eps
+    )
     mixed = F.linear(attention_reference(q, k, v).flatten(2), w.proj_weight, w.proj_bias)
     return F.linear(mixed, w.expand_weight, w.expand_bias).view(x_NPC.shape)
 
@@ -66,10 +69,10 @@ def _pixel_attention(
     x_NPC: Tensor, modulation: Tensor | None, cos: Tensor, sin: Tensor, heads: int, eps: float, *weights: Tensor
 ) -> Tensor:
     w = PixelAttentionWeights(*weights)
-    h_NPC = pixel_modulate(x_NPC, w.norm, modulation, eps)
+    h_NPC = pixel_modulate(x_NPC, w.norm_weight, modulation, eps)
     tokens = rearrange(h_NPC, "(B L) P C -> B L (P C)", L=cos.shape[0]).to(w.compress_weight.dtype)
     tokens = F.linear(tokens, w.compress_weight, w.compress_bias)
-    q, k, v = qk_norm_rope(F.linear(tokens, w.qkv_weight), w.q_norm, w.k_norm, cos, sin, heads, eps)
+    q, k, v = qk_norm_rope(F.linear(tokens, w.qkv_weight), w.q_norm_weight, w.k_norm_weight, cos, sin, heads, eps)
     mixed = F.linear(attention(q, k, v).flatten(2), w.proj_weight, w.proj_bias)
     return F.linear(mixed, w.expand_weight, w.expand_bias).view(x_NPC.shape)
 
@@ -114,7 +117,7 @@ def pixel_attention(
         "expand_weight": (P * C, D),
         "expand_bias": (P * C,),
     }
-    library.check("pixel_attention", x_NPC, **{name: (getattr(w, name), shape) for name, shape in shapes.items()})
+    check("pixel_attention", x_NPC, **{name: (getattr(w, name), shape) for name, shape in shapes.items()})
     for name in shapes:
         if getattr(w, name).dtype != w.compress_weight.dtype:
             raise ValueError(

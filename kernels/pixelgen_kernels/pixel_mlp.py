@@ -1,35 +1,31 @@
 """The per-pixel half of a pixel block: residual of the attention branch, norm, modulation, MLP, residual.
 
     gated   m = x + gate1 * e                       modulation = (gate1 | shift2 | scale2 | gate2)
-            y = m + gate2 * MLP(n * weight * (1 + scale2) + shift2)
+            y = m + gate2 * MLP(n * norm_weight * (1 + scale2) + shift2)
     post    m = x + (1 + scale1) * e + shift1       modulation = (scale1 | shift1 | scale2 | shift2)
-            y = m + (1 + scale2) * MLP(n * weight) + shift2
+            y = m + (1 + scale2) * MLP(n * norm_weight) + shift2
     n = m r,  r = 1 / sqrt(mean_C(m^2) + eps)       MLP(h) = W2 gelu(u) + b2,  u = W1 h + b1
 
     do = dy * gate2,  du = (do W2) * gelu'(u),  dh = du W1,  dW2 = sum do^T gelu(u),  dW1 = sum du^T h
-    dn = dh * weight * (1 + scale2),   dm = dy + r (dn - n mean_C(dn n)) = dx,   de = dm * gate1,   dgate1 = dm * e
-    dscale2 = dh * n * weight,  dshift2 = dh,  dgate2 = dy * MLP(h)            (gated; post likewise)
+    dn = dh * norm_weight * (1 + scale2),   dm = dy + r (dn - n mean_C(dn n)) = dx,   de = dm * gate1,   dgate1 = dm * e
+    dscale2 = dh * n * norm_weight,  dshift2 = dh,  dgate2 = dy * MLP(h)            (gated; post likewise)
 
 PixelDiT (arXiv 2511.20645): gated is the paper's block, post its stable variant. Statistics and sums are float32, the
 products take operands of the weights' type. Backward keeps the inputs, recomputes the hidden layer in registers, and
 writes the modulation's gradient packed as it came. Programs stay on their SM, prefetch the next block of pixels and
 keep their weight gradients until the end; one reduction in a fixed order adds them.
 
-What the backward kernel is made of: its straight translation with libdevice's erf takes 250 warp instructions a pixel,
-where memory allows 128, and a short GELU (gelu.py) brings that to 99, still spilling. Then: loads go to shared memory
-ahead of time, all at once, where loads in front of barriers wait for memory one after the other; x is widened by a
-product with the identity, which puts it, and all that follows, in the layout of the matrix products, so that nothing is
-held in two layouts; biases and the gradient of b1 are products with a block of ones; sums over pixels stay within a
-thread; e, gate and scale are read again (from L2) after the MLP instead of held across it. Now 78 with the exact GELU,
-244 registers and no spill, two programs an SM. Compiled and worse: 128 pixels on four warps (640 bytes of stack), the
-hidden layer in two halves (its weight gradients are too small for wgmma), 168 registers for a third program (16 bytes
-of stack). Weight gradients in a second kernel would read the streams again, 0.31 ms at XL.
+In the backward kernel, loads go to shared memory ahead of time, all at once; x is widened by a product with the
+identity, which puts it, and all that follows, in the layout of the matrix products; biases and the gradient of b1 are
+products with a block of ones, so that sums over pixels stay within a thread; e, gate and scale are read again (from L2)
+after the MLP instead of held across it. What each of these gave, and what lost: benchmarks/results/kernels_tried.md.
 
 Shapes: x, e, y [N, P, C]; modulation [N, P, 4 C]; norm weight [C]; W1 [F, C]; b1 [F]; W2 [C, F]; b2 [C]; M = N P.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
@@ -38,11 +34,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixelgen_kernels import library
-from pixelgen_kernels.device import H100
+from pixelgen_kernels.bodies import body
+from pixelgen_kernels.checks import check
 from pixelgen_kernels.gelu import gelu as gelu_of
 from pixelgen_kernels.gelu import gelu_and_derivative
-from pixelgen_kernels.launch import Launch, ModelShape
+from pixelgen_kernels.launch import Launch, multiprocessors
+from pixelgen_kernels.registration import operator
+from pixelgen_kernels.sum_partials import plan_sum, sum_partials
+from pixelgen_kernels.tuning import chosen
 
 Gelu = Literal["none", "tanh"]
 
@@ -51,7 +50,7 @@ def pixel_mlp_reference(
     x_NPC: Tensor,
     e_NPC: Tensor,
     modulation: Tensor,
-    weight_C: Tensor,
+    norm_weight_C: Tensor,
     w1: Tensor,
     b1: Tensor,
     w2: Tensor,
@@ -66,15 +65,16 @@ def pixel_mlp_reference(
         return F.linear(F.gelu(F.linear(h.to(w1.dtype), w1, b1), approximate=gelu), w2, b2)
 
     def norm(m: Tensor) -> Tensor:
-        return F.rms_norm(m, weight_C.shape, weight_C.to(wide), eps)
+        return F.rms_norm(m, norm_weight_C.shape, norm_weight_C.to(wide), eps)
 
-    slot0, slot1, slot2, slot3 = modulation.to(wide).chunk(4, dim=-1)
     if post:
-        m_NPC = x_NPC.to(wide) + (1.0 + slot0) * e_NPC + slot1
-        y_NPC = m_NPC + (1.0 + slot2) * mlp(norm(m_NPC)) + slot3
+        scale1, shift1, scale2, shift2 = modulation.to(wide).chunk(4, dim=-1)
+        m_NPC = x_NPC.to(wide) + (1.0 + scale1) * e_NPC + shift1
+        y_NPC = m_NPC + (1.0 + scale2) * mlp(norm(m_NPC)) + shift2
     else:
-        m_NPC = x_NPC.to(wide) + slot0 * e_NPC
-        y_NPC = m_NPC + slot3 * mlp(norm(m_NPC) * (1.0 + slot2) + slot1)
+        gate1, shift2, scale2, gate2 = modulation.to(wide).chunk(4, dim=-1)
+        m_NPC = x_NPC.to(wide) + gate1 * e_NPC
+        y_NPC = m_NPC + gate2 * mlp(norm(m_NPC) * (1.0 + scale2) + shift2)
     return y_NPC.to(x_NPC.dtype)
 
 
@@ -109,18 +109,18 @@ def _dot(a, b, acc, DTYPE: tl.constexpr):
 
 @triton.jit
 def _load_weights(
-    weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
+    norm_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr,
     C: tl.constexpr, F: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr,
 ):  # fmt: skip
-    """weight [1, C], W1 [F, C], W2 [C, F], and the biases as [16, F] and [16, C] with zeros below the first row."""
+    """norm_weight [1, C], W1 [F, C], W2 [C, F], and the biases as [16, F] and [16, C], zeros below the first row."""
     o_c, o_f, o_k = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_F), tl.arange(0, 16)[:, None]
     m_c, m_f = o_c < C, o_f < F
-    weight = tl.load(weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    norm_weight = tl.load(norm_weight_ptr + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     w1 = tl.load(w1_ptr + o_f[:, None] * C + o_c[None, :], mask=m_f[:, None] & m_c[None, :], other=0.0)
     w2 = tl.load(w2_ptr + o_c[:, None] * F + o_f[None, :], mask=m_c[:, None] & m_f[None, :], other=0.0)
     b1 = tl.load(b1_ptr + o_k * F + o_f[None, :], mask=(o_k == 0) & m_f[None, :], other=0.0)
     b2 = tl.load(b2_ptr + o_k * C + o_c[None, :], mask=(o_k == 0) & m_c[None, :], other=0.0)
-    return weight, w1, b1, w2, b2
+    return norm_weight, w1, b1, w2, b2
 
 
 @triton.jit
@@ -146,14 +146,14 @@ def _column_sums(acc, x, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def pixel_mlp_fwd_kernel(
-    x_ptr, e_ptr, mod_ptr, weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, y_ptr, M, blocks, eps,
+    x_ptr, e_ptr, mod_ptr, norm_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, y_ptr, M, blocks, eps,
     C: tl.constexpr, F: tl.constexpr, POST: tl.constexpr, TANH: tl.constexpr, EVEN: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    weight, w1, b1, w2, b2 = _load_weights(weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, C, F, BLOCK_C, BLOCK_F)
+    norm_weight, w1, b1, w2, b2 = _load_weights(norm_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, C, F, BLOCK_C, BLOCK_F)
     o_m = tl.arange(0, BLOCK_M)[:, None]
     o_c = tl.arange(0, BLOCK_C)[None, :]
-    row, slot = o_m * C + o_c, o_m * (4 * C) + o_c
+    row, slots = o_m * C + o_c, o_m * (4 * C) + o_c
     ones = tl.full([BLOCK_M, 16], 1.0, tl.float32)
     identity = tl.where(tl.arange(0, BLOCK_C)[:, None] == o_c, 1.0, 0.0)
 
@@ -165,39 +165,45 @@ def pixel_mlp_fwd_kernel(
         x = _dot(x_block, identity, None, x_block.dtype)
         e = _load(e_ptr + first * C, row, mask, EVEN).to(tl.float32)
         mod = mod_ptr + first * (4 * C)
-        slot0 = _load(mod, slot, mask, EVEN).to(tl.float32)
-        slot1 = _load(mod, slot + C, mask, EVEN).to(tl.float32)
-        slot2 = _load(mod, slot + 2 * C, mask, EVEN).to(tl.float32)
-        slot3 = _load(mod, slot + 3 * C, mask, EVEN).to(tl.float32)
-
-        m = x + (1.0 + slot0) * e + slot1 if POST else x + slot0 * e
-        h = m * tl.rsqrt(tl.sum(m * m, axis=1) / C + eps)[:, None] * weight
+        if POST:
+            scale1 = _load(mod, slots, mask, EVEN).to(tl.float32)
+            shift1 = _load(mod, slots + C, mask, EVEN).to(tl.float32)
+            scale2 = _load(mod, slots + 2 * C, mask, EVEN).to(tl.float32)
+            shift2 = _load(mod, slots + 3 * C, mask, EVEN).to(tl.float32)
+            m = x + (1.0 + scale1) * e + shift1
+        else:
+            gate1 = _load(mod, slots, mask, EVEN).to(tl.float32)
+            shift2 = _load(mod, slots + C, mask, EVEN).to(tl.float32)
+            scale2 = _load(mod, slots + 2 * C, mask, EVEN).to(tl.float32)
+            gate2 = _load(mod, slots + 3 * C, mask, EVEN).to(tl.float32)
+            m = x + gate1 * e
+        h = m * tl.rsqrt(tl.sum(m * m, axis=1) / C + eps)[:, None] * norm_weight
         if not POST:
-            h = h * (1.0 + slot2) + slot1
+            h = h * (1.0 + scale2) + shift2
         u = _dot(h, tl.trans(w1), _dot(ones, b1, None, DTYPE), DTYPE)
         o = _dot(gelu_of(u, TANH), tl.trans(w2), _dot(ones, b2, None, DTYPE), DTYPE)
-        y = m + (1.0 + slot2) * o + slot3 if POST else m + slot3 * o
+        y = m + (1.0 + scale2) * o + shift2 if POST else m + gate2 * o
         _store(y_ptr + first * C, row, y, mask, EVEN)
 
 
 @triton.jit
 def pixel_mlp_bwd_kernel(
-    dy_ptr, x_ptr, e_ptr, mod_ptr, weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, dx_ptr, de_ptr, dmod_ptr, partial_ptr,
-    M, blocks, eps,
+    dy_ptr, x_ptr, e_ptr, mod_ptr, norm_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, dx_ptr, de_ptr, dmod_ptr,
+    partial_ptr, M, blocks, eps,
     C: tl.constexpr, F: tl.constexpr, POST: tl.constexpr, TANH: tl.constexpr, EVEN: tl.constexpr,
     DTYPE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_F: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    weight, w1, b1, w2, b2 = _load_weights(weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, C, F, BLOCK_C, BLOCK_F)
+    norm_weight, w1, b1, w2, b2 = _load_weights(norm_weight_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, C, F, BLOCK_C, BLOCK_F)
     o_m = tl.arange(0, BLOCK_M)[:, None]
     o_c = tl.arange(0, BLOCK_C)[None, :]
-    row, slot = o_m * C + o_c, o_m * (4 * C) + o_c
+    row, slots = o_m * C + o_c, o_m * (4 * C) + o_c
     ones = tl.full([BLOCK_M, 16], 1.0, tl.float32)
     identity = tl.where(tl.arange(0, BLOCK_C)[:, None] == o_c, 1.0, 0.0)
     dw1 = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
     db1 = tl.zeros([BLOCK_F, 16], tl.float32)
     dw2 = tl.zeros([BLOCK_F, BLOCK_C], tl.float32)
     db2 = tl.zeros([BLOCK_M // 16, 8, BLOCK_C], tl.float32)
-    dweight = tl.zeros([BLOCK_M // 16, 8, BLOCK_C], tl.float32)
+    dnorm_weight = tl.zeros([BLOCK_M // 16, 8, BLOCK_C], tl.float32)
 
     tl.assume(tl.program_id(0) < blocks)
     for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=STAGES):
@@ -208,20 +214,22 @@ def pixel_mlp_bwd_kernel(
         e = _load(e_ptr + first * C, row, mask, EVEN).to(tl.float32)
         dy = _load(dy_ptr + first * C, row, mask, EVEN).to(tl.float32)
         mod, dmod = mod_ptr + first * (4 * C), dmod_ptr + first * (4 * C)
-        slot0 = _load(mod, slot, mask, EVEN).to(tl.float32)
-        slot1 = _load(mod, slot + C, mask, EVEN).to(tl.float32)
-        scale = 1.0 + _load(mod, slot + 2 * C, mask, EVEN).to(tl.float32)
-
         if POST:
-            m = x + (1.0 + slot0) * e + slot1
-            do = dy * scale
-            _store(dmod, slot + 3 * C, dy, mask, EVEN)
+            scale1 = _load(mod, slots, mask, EVEN).to(tl.float32)
+            shift1 = _load(mod, slots + C, mask, EVEN).to(tl.float32)
+            factor = 1.0 + _load(mod, slots + 2 * C, mask, EVEN).to(tl.float32)
+            m = x + (1.0 + scale1) * e + shift1
+            do = dy * factor
+            _store(dmod, slots + 3 * C, dy, mask, EVEN)
         else:
-            m = x + slot0 * e
-            do = dy * _load(mod, slot + 3 * C, mask, EVEN).to(tl.float32)
+            gate1 = _load(mod, slots, mask, EVEN).to(tl.float32)
+            shift2 = _load(mod, slots + C, mask, EVEN).to(tl.float32)
+            factor = 1.0 + _load(mod, slots + 2 * C, mask, EVEN).to(tl.float32)
+            m = x + gate1 * e
+            do = dy * _load(mod, slots + 3 * C, mask, EVEN).to(tl.float32)
         r = tl.rsqrt(tl.sum(m * m, axis=1) / C + eps)[:, None]
         n = m * r
-        h = (n * weight if POST else n * scale * weight + slot1).to(DTYPE)
+        h = (n * norm_weight if POST else n * factor * norm_weight + shift2).to(DTYPE)
         db2 = _column_sums(db2, do, BLOCK_M, BLOCK_C)
         do = do.to(DTYPE)
 
@@ -231,9 +239,9 @@ def pixel_mlp_bwd_kernel(
         o = _dot(g, tl.trans(w2), _dot(ones, b2, None, DTYPE), DTYPE)
         dw2 = _dot(tl.trans(g), do, dw2, DTYPE)
         if POST:
-            _store(dmod, slot + 2 * C, dy * o, mask, EVEN)
+            _store(dmod, slots + 2 * C, dy * o, mask, EVEN)
         else:
-            _store(dmod, slot + 3 * C, dy * o, mask, EVEN)
+            _store(dmod, slots + 3 * C, dy * o, mask, EVEN)
         du = (_dot(do, w2, None, DTYPE) * slope).to(DTYPE)
         dh = _dot(du, w1, None, DTYPE)
         dw1 = _dot(tl.trans(du), h, dw1, DTYPE)
@@ -241,26 +249,26 @@ def pixel_mlp_bwd_kernel(
 
         # Loads of their own, which the stores above keep the compiler from merging with the first ones.
         e = _load(e_ptr + first * C, row, mask, EVEN).to(tl.float32)
-        gate = _load(mod, slot, mask, EVEN).to(tl.float32)
+        gate = _load(mod, slots, mask, EVEN).to(tl.float32)
         dhn = dh * n
         if POST:
             gate += 1.0
         else:
-            scale = 1.0 + _load(mod, slot + 2 * C, mask, EVEN).to(tl.float32)
-            _store(dmod, slot + C, dh, mask, EVEN)
-            _store(dmod, slot + 2 * C, dhn * weight, mask, EVEN)
-            dh *= scale
-            dhn *= scale
-        dweight = _column_sums(dweight, dhn, BLOCK_M, BLOCK_C)
-        dn = dh * weight
+            factor = 1.0 + _load(mod, slots + 2 * C, mask, EVEN).to(tl.float32)
+            _store(dmod, slots + C, dh, mask, EVEN)
+            _store(dmod, slots + 2 * C, dhn * norm_weight, mask, EVEN)
+            dh *= factor
+            dhn *= factor
+        dnorm_weight = _column_sums(dnorm_weight, dhn, BLOCK_M, BLOCK_C)
+        dn = dh * norm_weight
         dm = dy + r * (dn - n * (tl.sum(dn * n, axis=1) / C)[:, None])
         _store(dx_ptr + first * C, row, dm, mask, EVEN)
         _store(de_ptr + first * C, row, dm * gate, mask, EVEN)
-        _store(dmod, slot, dm * e, mask, EVEN)
+        _store(dmod, slots, dm * e, mask, EVEN)
         if POST:
-            _store(dmod, slot + C, dm, mask, EVEN)
+            _store(dmod, slots + C, dm, mask, EVEN)
 
-    # partial: dW1 [F, C], dW2^T [F, C], db1 [F], db2 [C], dweight [C]
+    # partial: dW1 [F, C], dW2^T [F, C], db1 [F], db2 [C], dnorm_weight [C]
     partial_ptr += tl.program_id(0) * (2 * F * C + F + 2 * C)
     o_f, o_c = tl.arange(0, BLOCK_F), tl.arange(0, BLOCK_C)
     weights, mask = o_f[:, None] * C + o_c[None, :], (o_f[:, None] < F) & (o_c[None, :] < C)
@@ -269,13 +277,15 @@ def pixel_mlp_bwd_kernel(
     partial_ptr += 2 * F * C
     tl.store(partial_ptr + o_f, tl.sum(db1, axis=1) / 16, mask=o_f < F)
     tl.store(partial_ptr + F + o_c, tl.sum(tl.sum(db2, axis=0), axis=0), mask=o_c < C)
-    tl.store(partial_ptr + F + C + o_c, tl.sum(tl.sum(dweight, axis=0), axis=0), mask=o_c < C)
+    tl.store(partial_ptr + F + C + o_c, tl.sum(tl.sum(dnorm_weight, axis=0), axis=0), mask=o_c < C)
 
 
 TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def _constexprs(M: int, C: int, hidden: int, post: bool, gelu: str, dtype: tl.dtype, config: Config) -> dict[str, Any]:
+def _constants(
+    M: int, C: int, hidden: int, post: bool, gelu: str, dtype: torch.dtype, config: Config
+) -> dict[str, Any]:
     # Tensor cores multiply 16 by 16 at least; the padding is zero and stays zero.
     block_c = max(16, triton.next_power_of_2(C))
     return {
@@ -284,7 +294,7 @@ def _constexprs(M: int, C: int, hidden: int, post: bool, gelu: str, dtype: tl.dt
         "POST": post,
         "TANH": gelu == "tanh",
         "EVEN": M % config.block_m == 0 and block_c == C,
-        "DTYPE": dtype,
+        "DTYPE": TYPES[dtype],
         "BLOCK_M": config.block_m,
         "BLOCK_C": block_c,
         "BLOCK_F": max(16, triton.next_power_of_2(hidden)),
@@ -292,64 +302,108 @@ def _constexprs(M: int, C: int, hidden: int, post: bool, gelu: str, dtype: tl.dt
     }
 
 
+@functools.cache
+def plan_forward(
+    M: int, C: int, hidden: int, post: bool, gelu: str, dtype: torch.dtype, itemsize: int, config: Config,
+    multiprocessors: int,
+) -> tuple[int, Launch]:  # fmt: skip
+    """(blocks of pixels, launch). dtype: of the products' operands."""
+    blocks = triton.cdiv(M, config.block_m)
+    grid = min(blocks, config.programs_fwd * multiprocessors)
+    return blocks, Launch(
+        name="pixel_mlp_fwd",
+        kernel=pixel_mlp_fwd_kernel,
+        grid=grid,
+        constants=_constants(M, C, hidden, post, gelu, dtype, config),
+        num_warps=config.num_warps,
+        num_stages=3,
+        flops=2 * 2 * M * C * hidden,
+        bytes_moved=7 * M * C * itemsize,
+        rows=M,
+        loops=(triton.cdiv(blocks, max(grid, 1)),),
+    )
+
+
+@functools.cache
+def plan_backward(
+    M: int, C: int, hidden: int, post: bool, gelu: str, dtype: torch.dtype, itemsize: int, config: Config,
+    multiprocessors: int,
+) -> tuple[int, Launch, Launch]:  # fmt: skip
+    """(blocks of pixels, the pass over pixels, the reduction of its partial sums). FLOPs count the recomputation."""
+    blocks = triton.cdiv(M, config.block_m)
+    programs = min(blocks, config.programs_bwd * multiprocessors)
+    pixels = Launch(
+        name="pixel_mlp_bwd",
+        kernel=pixel_mlp_bwd_kernel,
+        grid=programs,
+        constants=_constants(M, C, hidden, post, gelu, dtype, config),
+        num_warps=config.num_warps,
+        num_stages=3,
+        flops=6 * 2 * M * C * hidden,
+        bytes_moved=(12 if post else 13) * M * C * itemsize,
+        rows=M,
+        loops=(triton.cdiv(blocks, max(programs, 1)),),
+    )
+    return blocks, pixels, plan_sum("pixel_mlp_bwd_reduce", programs, 2 * hidden * C + hidden + 2 * C, M)
+
+
 def _fake_forward(
-    x: Tensor, e: Tensor, modulation: Tensor, weight: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
+    x: Tensor, e: Tensor, modulation: Tensor, norm_weight: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
     post: bool, gelu: str, eps: float,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(x)
 
 
 def _fake_backward(
-    dy: Tensor, x: Tensor, e: Tensor, modulation: Tensor, weight: Tensor, w1: Tensor, b1: Tensor, w2: Tensor,
+    dy: Tensor, x: Tensor, e: Tensor, modulation: Tensor, norm_weight: Tensor, w1: Tensor, b1: Tensor, w2: Tensor,
     b2: Tensor, post: bool, gelu: str, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    dx, de, dmodulation, dweight, dw1, db1, dw2, db2 = map(torch.empty_like, (x, e, modulation, weight, w1, b1, w2, b2))
-    return dx, de, dmodulation, dweight, dw1, db1, dw2, db2
+    return tuple(map(torch.empty_like, (x, e, modulation, norm_weight, w1, b1, w2, b2)))
 
 
-def _flops_forward(x: list[int], e: Any, modulation: Any, weight: Any, w1: list[int], *_: Any, **__: Any) -> int:
+def _flops_forward(x: list[int], e: Any, modulation: Any, norm_weight: Any, w1: list[int], *_: Any, **__: Any) -> int:
     return 4 * x[0] * x[1] * w1[0] * w1[1]
 
 
 def _flops_backward(
-    dy: Any, x: list[int], e: Any, modulation: Any, weight: Any, w1: list[int], *_: Any, **__: Any
+    dy: Any, x: list[int], e: Any, modulation: Any, norm_weight: Any, w1: list[int], *_: Any, **__: Any
 ) -> int:
     """Without the recomputation, as everywhere."""
     return 8 * x[0] * x[1] * w1[0] * w1[1]
 
 
-def launch_forward(
-    x: Tensor, e: Tensor, modulation: Tensor, weight: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
-    post: bool, gelu: str, eps: float, config: Config = CONFIGS[0],
+@operator("pixel_mlp", _fake_forward, _flops_forward)
+def pixel_mlp_forward(
+    x: Tensor, e: Tensor, modulation: Tensor, norm_weight: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
+    post: bool, gelu: str, eps: float,
 ) -> Tensor:  # fmt: skip
     y = torch.empty_like(x)
-    M, C = x.shape[0] * x.shape[1], x.shape[2]
-    blocks = triton.cdiv(M, config.block_m)
-    constexprs = _constexprs(M, C, w1.shape[0], post, gelu, TYPES[w1.dtype], config)
-    pixel_mlp_fwd_kernel[(min(blocks, config.programs_fwd * library.multiprocessors(x.device)),)](
-        x, e, modulation, weight, w1, b1, w2, b2, y, M, blocks, eps, **constexprs, num_warps=config.num_warps
-    )
+    M, C, hidden = x.shape[0] * x.shape[1], x.shape[2], w1.shape[0]
+    blocks, launch = plan_forward(
+        M, C, hidden, post, gelu, w1.dtype, x.element_size(), chosen("pixel_mlp", CONFIGS, C, hidden),
+        multiprocessors(x.device),
+    )  # fmt: skip
+    launch.start(x, e, modulation, norm_weight, w1, b1, w2, b2, y, M, blocks, eps)
     return y
 
 
-def launch_backward(
-    dy: Tensor, x: Tensor, e: Tensor, modulation: Tensor, weight: Tensor, w1: Tensor, b1: Tensor, w2: Tensor,
-    b2: Tensor, post: bool, gelu: str, eps: float, config: Config = CONFIGS[0],
+@operator("pixel_mlp_backward", _fake_backward, _flops_backward)
+def pixel_mlp_backward(
+    dy: Tensor, x: Tensor, e: Tensor, modulation: Tensor, norm_weight: Tensor, w1: Tensor, b1: Tensor, w2: Tensor,
+    b2: Tensor, post: bool, gelu: str, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx, de, dmodulation = map(torch.empty_like, (x, e, modulation))
     M, C, hidden = x.shape[0] * x.shape[1], x.shape[2], w1.shape[0]
-    blocks = triton.cdiv(M, config.block_m)
-    programs = min(blocks, config.programs_bwd * library.multiprocessors(x.device))
-    partial = x.new_empty((programs, 2 * hidden * C + hidden + 2 * C), dtype=torch.float32)
-    constexprs = _constexprs(M, C, hidden, post, gelu, TYPES[w1.dtype], config)
-    pixel_mlp_bwd_kernel[(programs,)](
-        dy, x, e, modulation, weight, w1, b1, w2, b2, dx, de, dmodulation, partial, M, blocks, eps,
-        **constexprs, num_warps=config.num_warps,
+    blocks, pixels, reduction = plan_backward(
+        M, C, hidden, post, gelu, w1.dtype, x.element_size(), chosen("pixel_mlp", CONFIGS, C, hidden),
+        multiprocessors(x.device),
     )  # fmt: skip
-    total = library.sum_partials(partial, torch.float32)
-    dw1, dw2, db1, db2, dweight = total.split([hidden * C, hidden * C, hidden, C, C])
-    dw1, dw2 = dw1.view(hidden, C), dw2.view(hidden, C).t()
-    return dx, de, dmodulation, _own(dweight, weight), _own(dw1, w1), _own(db1, b1), _own(dw2, w2), _own(db2, b2)
+    partial = x.new_empty((pixels.grid, 2 * hidden * C + hidden + 2 * C), dtype=torch.float32)
+    pixels.start(dy, x, e, modulation, norm_weight, w1, b1, w2, b2, dx, de, dmodulation, partial, M, blocks, eps)
+    total = sum_partials(reduction, partial, torch.float32)
+    dw1, dw2, db1, db2, dnorm_weight = total.split([hidden * C, hidden * C, hidden, C, C])
+    parts = (dnorm_weight, norm_weight), (dw1.view(hidden, C), w1), (db1, b1), (dw2.view(hidden, C).t(), w2), (db2, b2)
+    return dx, de, dmodulation, *(_own(part, like) for part, like in parts)
 
 
 def _own(part: Tensor, like: Tensor) -> Tensor:
@@ -357,72 +411,23 @@ def _own(part: Tensor, like: Tensor) -> Tensor:
     return torch.empty_like(like).copy_(part)
 
 
-@library.operator("pixel_mlp", _fake_forward, _flops_forward)
-def _pixel_mlp(
-    x: Tensor, e: Tensor, modulation: Tensor, weight: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor,
-    post: bool, gelu: str, eps: float,
-) -> Tensor:  # fmt: skip
-    return launch_forward(x, e, modulation, weight, w1, b1, w2, b2, post, gelu, eps)
-
-
-@library.operator("pixel_mlp_backward", _fake_backward, _flops_backward)
-def _pixel_mlp_backward(
-    dy: Tensor, x: Tensor, e: Tensor, modulation: Tensor, weight: Tensor, w1: Tensor, b1: Tensor, w2: Tensor,
-    b2: Tensor, post: bool, gelu: str, eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return launch_backward(dy, x, e, modulation, weight, w1, b1, w2, b2, post, gelu, eps)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*inputs[:8])
     ctx.options = inputs[8:]
 
 
 def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    grads = library.kernels.pixel_mlp_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options)
-    return *grads, None, None, None
+    return *pixel_mlp_backward(dy.contiguous(), *ctx.saved_tensors, *ctx.options), None, None, None
 
 
-_pixel_mlp.register_autograd(_backward, setup_context=_setup_context)
-
-
-def aot(shape: ModelShape, config: Config = CONFIGS[0], post: bool = False, gelu: Gelu = "none") -> list[Launch]:
-    """The launches of one pixel MLP of a model, as plain data for the report. FLOPs count the recomputation."""
-    M, C, hidden = shape.pixel_rows, shape.channels, shape.pixel_hidden
-    blocks = triton.cdiv(M, config.block_m)
-    constexprs = _constexprs(M, C, hidden, post, gelu, tl.bfloat16, config)
-    kinds = {"partial_ptr": "*fp32", "M": "i32", "blocks": "i32", "eps": "fp32"}
-    launches = []
-    for direction, kernel, programs, streams, products in (
-        ("fwd", pixel_mlp_fwd_kernel, config.programs_fwd * H100.sms, 7, 2),
-        ("bwd", pixel_mlp_bwd_kernel, config.programs_bwd * H100.sms, 12 if post else 13, 6),
-    ):
-        grid = min(blocks, programs)
-        launches.append(
-            Launch(
-                name=f"pixel_mlp_{direction}",
-                kernel=kernel,
-                signature={n: kinds.get(n, "*bf16") for n in kernel.arg_names if n not in constexprs},
-                constexprs=constexprs,
-                num_warps=config.num_warps,
-                num_stages=3,
-                grid=grid,
-                flops=products * 2 * M * C * hidden,
-                bytes_moved=streams * M * C * 2,
-                rows=M,
-                loops=(triton.cdiv(blocks, grid),),
-                divisible=("M",),
-            )
-        )
-    columns = 2 * hidden * C + hidden + 2 * C
-    return [*launches, library.sum_partials_launch("pixel_mlp_bwd_reduce", launches[1].grid, columns, M, "*fp32")]
+pixel_mlp_forward.gradient(_save, _backward)
 
 
 def pixel_mlp(
     x_NPC: Tensor,
     e_NPC: Tensor,
     modulation: Tensor,
-    weight_C: Tensor,
+    norm_weight_C: Tensor,
     w1: Tensor,
     b1: Tensor,
     w2: Tensor,
@@ -442,13 +447,13 @@ def pixel_mlp(
     if gelu not in get_args(Gelu):
         raise ValueError(f"pixel_mlp: gelu must be one of {', '.join(get_args(Gelu))}, got {gelu!r}")
     (N, P, C), hidden = x_NPC.shape, w1.shape[0]
-    library.check(
+    check(
         "pixel_mlp",
         x_NPC,
         x=(x_NPC, (N, P, C)),
         e=(e_NPC, (N, P, C)),
         modulation=(modulation, (N, P, 4 * C)),
-        weight=(weight_C, (C,)),
+        norm_weight=(norm_weight_C, (C,)),
         w1=(w1, (hidden, C)),
         b1=(b1, (hidden,)),
         w2=(w2, (C, hidden)),
@@ -457,6 +462,8 @@ def pixel_mlp(
     for name, parameter in {"b1": b1, "w2": w2, "b2": b2}.items():
         if parameter.dtype != w1.dtype:
             raise ValueError(f"pixel_mlp: {name} must be {w1.dtype} like w1, got {parameter.dtype}")
-    ops = library.compiled(x_NPC)
-    run = pixel_mlp_reference if ops is None else ops.pixel_mlp
-    return run(x_NPC, e_NPC, modulation, weight_C, w1, b1, w2, b2, post, gelu, eps)
+    arguments = (x_NPC, e_NPC, modulation, norm_weight_C, w1, b1, w2, b2, post, gelu, eps)
+    chosen_body = body(x_NPC)
+    if chosen_body == "reference":
+        return pixel_mlp_reference(*arguments)
+    return pixel_mlp_forward.apply(*arguments, body=chosen_body)

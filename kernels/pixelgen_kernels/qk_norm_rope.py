@@ -13,6 +13,7 @@ A row is one head of one token.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -22,15 +23,19 @@ import triton.language as tl
 from einops import rearrange
 from torch import Tensor
 
-from pixelgen_kernels import library
-from pixelgen_kernels.launch import Launch, ModelShape
+from pixelgen_kernels.bodies import Body, body
+from pixelgen_kernels.checks import check
+from pixelgen_kernels.launch import Launch
+from pixelgen_kernels.registration import operator
+from pixelgen_kernels.sum_partials import plan_sum, sum_partials
+from pixelgen_kernels.tuning import chosen
 
 
 def qk_norm_rope_reference(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+    qkv: Tensor, q_norm_weight: Tensor, k_norm_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     q, k, v = rearrange(qkv, "B L (three H d) -> three B L H d", three=3, H=heads)
-    return _norm_rotate(q, q_weight, cos, sin, eps), _norm_rotate(k, k_weight, cos, sin, eps), v
+    return _norm_rotate(q, q_norm_weight, cos, sin, eps), _norm_rotate(k, k_norm_weight, cos, sin, eps), v
 
 
 def _norm_rotate(x_BLHd: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
@@ -88,7 +93,7 @@ def _norm_rotate_bwd(dy, x, weight, cos, sin, eps, d: tl.constexpr, BLOCK_R: tl.
 
 @triton.jit
 def qk_norm_rope_fwd_kernel(
-    qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, L, eps,
+    qkv_ptr, q_norm_weight_ptr, k_norm_weight_ptr, cos_ptr, sin_ptr, q_ptr, k_ptr, L, eps,
     H: tl.constexpr, d: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_d: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(L * H, BLOCK_R)
@@ -108,19 +113,20 @@ def qk_norm_rope_fwd_kernel(
     k = tl.load(qkv_ptr + H * d + o_qkv, mask=mask, other=0.0)
     cos = tl.load(cos_ptr + o_table, mask=m_p, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + o_table, mask=m_p, other=0.0).to(tl.float32)
-    q_weight = tl.load(q_weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
-    k_weight = tl.load(k_weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
+    q_norm_weight = tl.load(q_norm_weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
+    k_norm_weight = tl.load(k_norm_weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
 
     out = (image * L + token) * (H * d) + row * d + o_d
-    q = _norm_rotate_fwd(q, q_weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
+    q = _norm_rotate_fwd(q, q_norm_weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
     tl.store(q_ptr + out, q.to(q_ptr.dtype.element_ty), mask=mask)
-    k = _norm_rotate_fwd(k, k_weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
+    k = _norm_rotate_fwd(k, k_norm_weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
     tl.store(k_ptr + out, k.to(k_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def qk_norm_rope_bwd_kernel(
-    dq_ptr, dk_ptr, dv_ptr, qkv_ptr, q_weight_ptr, k_weight_ptr, cos_ptr, sin_ptr, dqkv_ptr, partial_ptr, L, eps,
+    dq_ptr, dk_ptr, dv_ptr, qkv_ptr, q_norm_weight_ptr, k_norm_weight_ptr, cos_ptr, sin_ptr, dqkv_ptr, partial_ptr,
+    L, eps,
     H: tl.constexpr, d: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_d: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     chunks = tl.cdiv(L * H, CHUNK)
@@ -128,8 +134,8 @@ def qk_norm_rope_bwd_kernel(
     first = (tl.program_id(0) % chunks) * CHUNK
     token = first // H
     o_d, o_p = tl.arange(0, BLOCK_d)[None, :], tl.arange(0, BLOCK_d // 2)[None, :]
-    q_weight = tl.load(q_weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
-    k_weight = tl.load(k_weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
+    q_norm_weight = tl.load(q_norm_weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
+    k_norm_weight = tl.load(k_norm_weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
     sum_q = tl.zeros([BLOCK_d], tl.float32)
     sum_k = tl.zeros([BLOCK_d], tl.float32)
     out = (image * L + token) * (H * d)
@@ -150,10 +156,10 @@ def qk_norm_rope_bwd_kernel(
         dv = tl.load(dv_ptr + o_out, mask=mask, other=0.0)
         cos = tl.load(cos_ptr + o_table, mask=m_p, other=0.0).to(tl.float32)
         sin = tl.load(sin_ptr + o_table, mask=m_p, other=0.0).to(tl.float32)
-        dq, part = _norm_rotate_bwd(dq, q, q_weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
+        dq, part = _norm_rotate_bwd(dq, q, q_norm_weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
         sum_q += part
         tl.store(dqkv_ptr + o_qkv, dq.to(dqkv_ptr.dtype.element_ty), mask=mask)
-        dk, part = _norm_rotate_bwd(dk, k, k_weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
+        dk, part = _norm_rotate_bwd(dk, k, k_norm_weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
         sum_k += part
         tl.store(dqkv_ptr + H * d + o_qkv, dk.to(dqkv_ptr.dtype.element_ty), mask=mask)
         tl.store(dqkv_ptr + 2 * H * d + o_qkv, dv, mask=mask)
@@ -164,62 +170,77 @@ def qk_norm_rope_bwd_kernel(
     tl.store(partial_ptr + d + o_d, sum_k, mask=o_d < d)
 
 
+@functools.cache
+def plan_forward(B: int, L: int, H: int, d: int, itemsize: int, config: Config) -> Launch:
+    return Launch(
+        name="qk_norm_rope_fwd",
+        kernel=qk_norm_rope_fwd_kernel,
+        grid=B * triton.cdiv(L * H, config.block_fwd),
+        constants={"H": H, "d": d, "BLOCK_R": config.block_fwd, "BLOCK_d": triton.next_power_of_2(d)},
+        num_warps=config.num_warps,
+        num_stages=1,
+        bytes_moved=4 * B * L * H * d * itemsize,
+        rows=B * L,
+    )
+
+
+@functools.cache
+def plan_backward(B: int, L: int, H: int, d: int, itemsize: int, config: Config) -> tuple[Launch, Launch]:
+    """(the pass over rows, the reduction of its partial sums)."""
+    programs = B * triton.cdiv(L * H, config.chunk_bwd)
+    rows = Launch(
+        name="qk_norm_rope_bwd",
+        kernel=qk_norm_rope_bwd_kernel,
+        grid=programs,
+        constants={
+            "H": H, "d": d, "BLOCK_R": config.block_bwd, "BLOCK_d": triton.next_power_of_2(d), "CHUNK": config.chunk_bwd
+        },
+        num_warps=config.num_warps,
+        num_stages=1,
+        bytes_moved=8 * B * L * H * d * itemsize + programs * 2 * d * 4,
+        rows=B * L,
+        loops=(config.chunk_bwd // config.block_bwd,),
+    )  # fmt: skip
+    return rows, plan_sum("qk_norm_rope_bwd_reduce", programs, 2 * d, B * L)
+
+
 def _fake_forward(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+    qkv: Tensor, q_norm_weight: Tensor, k_norm_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
-    shape = (*qkv.shape[:2], heads, q_weight.shape[0])
+    shape = (*qkv.shape[:2], heads, q_norm_weight.shape[0])
     return qkv.new_empty(shape), qkv.new_empty(shape)
 
 
 def _fake_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
-    eps: float,
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_norm_weight: Tensor, k_norm_weight: Tensor, cos: Tensor,
+    sin: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return torch.empty_like(qkv), q_weight.new_empty(2, q_weight.shape[0])
+    return torch.empty_like(qkv), q_norm_weight.new_empty(2, q_norm_weight.shape[0])
 
 
-def launch_forward(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float,
-    config: Config = CONFIGS[0],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q, k = _fake_forward(qkv, q_weight, k_weight, cos, sin, heads, eps)
+@operator("qk_norm_rope", _fake_forward)
+def qk_norm_rope_forward(
+    qkv: Tensor, q_norm_weight: Tensor, k_norm_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
+) -> tuple[Tensor, Tensor]:
+    q, k = _fake_forward(qkv, q_norm_weight, k_norm_weight, cos, sin, heads, eps)
     B, L, H, d = q.shape
-    qk_norm_rope_fwd_kernel[(B * triton.cdiv(L * H, config.block_fwd),)](
-        qkv, q_weight, k_weight, cos, sin, q, k, L, eps,
-        H, d, config.block_fwd, triton.next_power_of_2(d), num_warps=config.num_warps,
-    )  # fmt: skip
+    launch = plan_forward(B, L, H, d, q.element_size(), chosen("qk_norm_rope", CONFIGS, H, d))
+    launch.start(qkv, q_norm_weight, k_norm_weight, cos, sin, q, k, L, eps)
     return q, k
 
 
-def launch_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
-    eps: float, config: Config = CONFIGS[0],
+@operator("qk_norm_rope_backward", _fake_backward)
+def qk_norm_rope_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_norm_weight: Tensor, k_norm_weight: Tensor, cos: Tensor,
+    sin: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(gradient of qkv, gradients of q_weight and k_weight as [2, d])."""
+    """(gradient of qkv, gradients of the two weights as [2, d])."""
     B, L, H, d = dq.shape
     dqkv = torch.empty_like(qkv)
-    programs = B * triton.cdiv(L * H, config.chunk_bwd)
-    partial = qkv.new_empty((programs, 2, d), dtype=torch.float32)
-    qk_norm_rope_bwd_kernel[(programs,)](
-        dq, dk, dv, qkv, q_weight, k_weight, cos, sin, dqkv, partial, L, eps,
-        H, d, config.block_bwd, triton.next_power_of_2(d), config.chunk_bwd, num_warps=config.num_warps,
-    )  # fmt: skip
-    return dqkv, library.sum_partials(partial, q_weight.dtype)
-
-
-@library.operator("qk_norm_rope", _fake_forward)
-def _qk_norm_rope(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    return launch_forward(qkv, q_weight, k_weight, cos, sin, heads, eps)
-
-
-@library.operator("qk_norm_rope_backward", _fake_backward)
-def _qk_norm_rope_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
-    eps: float,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return launch_backward(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, eps)
+    rows, reduction = plan_backward(B, L, H, d, dq.element_size(), chosen("qk_norm_rope", CONFIGS, H, d))
+    partial = qkv.new_empty((rows.grid, 2, d), dtype=torch.float32)
+    rows.start(dq, dk, dv, qkv, q_norm_weight, k_norm_weight, cos, sin, dqkv, partial, L, eps)
+    return dqkv, sum_partials(reduction, partial, q_norm_weight.dtype)
 
 
 class _QKNormRope(torch.autograd.Function):
@@ -228,53 +249,24 @@ class _QKNormRope(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.save_for_backward(qkv, q_weight, k_weight, cos, sin)
-        ctx.eps = eps
-        q, k = library.compiled(qkv).qk_norm_rope(qkv, q_weight, k_weight, cos, sin, heads, eps)
-        return q, k, rearrange(qkv, "B L (three H d) -> three B L H d", three=3, H=heads)[2]
+        ctx: Any, qkv: Tensor, q_norm_weight: Tensor, k_norm_weight: Tensor, cos: Tensor, sin: Tensor, heads: int,
+        eps: float, body: Body,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        ctx.save_for_backward(qkv, q_norm_weight, k_norm_weight, cos, sin)
+        ctx.eps, ctx.body = eps, body
+        q, k = qk_norm_rope_forward(qkv, q_norm_weight, k_norm_weight, cos, sin, heads, eps, body=body)
+        return q, k, qkv.view(*qkv.shape[:2], 3, *q.shape[2:])[:, :, 2]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        dqkv, dweights = library.compiled(grads[0]).qk_norm_rope_backward(
-            *(grad.contiguous() for grad in grads), *ctx.saved_tensors, ctx.eps
+        dqkv, dweights = qk_norm_rope_backward(
+            *(grad.contiguous() for grad in grads), *ctx.saved_tensors, ctx.eps, body=ctx.body
         )
-        return dqkv, dweights[0], dweights[1], None, None, None, None
-
-
-def aot(shape: ModelShape, config: Config = CONFIGS[0]) -> list[Launch]:
-    """The launches of one attention's qk_norm_rope, as plain data for the report."""
-    H, d, rows = shape.heads, shape.head_dim, shape.tokens * shape.heads
-    stream = shape.rows * H * d * 2
-    chunks = shape.batch * triton.cdiv(rows, config.chunk_bwd)
-    sizes = {"H": H, "d": d, "BLOCK_d": triton.next_power_of_2(d)}
-
-    def launch(name: str, kernel: Any, tensors: str, floats: str, **fields: Any) -> Launch:
-        signature = {f"{t}_ptr": "*bf16" for t in tensors.split()} | {f"{t}_ptr": "*fp32" for t in floats.split()}
-        signature |= {"L": "i32", "eps": "fp32"}
-        return Launch(
-            name=f"qk_norm_rope_{name}", kernel=kernel, signature=signature, num_warps=config.num_warps, num_stages=1,
-            flops=0, rows=shape.rows, divisible=("L",), **fields,
-        )  # fmt: skip
-
-    return [
-        launch(
-            "fwd", qk_norm_rope_fwd_kernel, "qkv q_weight k_weight q k", "cos sin",
-            constexprs=sizes | {"BLOCK_R": config.block_fwd},
-            grid=shape.batch * triton.cdiv(rows, config.block_fwd), bytes_moved=4 * stream,
-        ),
-        launch(
-            "bwd", qk_norm_rope_bwd_kernel, "dq dk dv qkv q_weight k_weight dqkv", "cos sin partial",
-            constexprs=sizes | {"BLOCK_R": config.block_bwd, "CHUNK": config.chunk_bwd}, grid=chunks,
-            bytes_moved=8 * stream + chunks * 2 * d * 4, loops=(config.chunk_bwd // config.block_bwd,),
-        ),
-        library.sum_partials_launch("qk_norm_rope_bwd_reduce", chunks, 2 * d, shape.rows),
-    ]  # fmt: skip
+        return dqkv, dweights[0], dweights[1], None, None, None, None, None
 
 
 def qk_norm_rope(
-    qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float = 1e-6
+    qkv: Tensor, q_norm_weight: Tensor, k_norm_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return q, k, v, each [B, L, H, d] in qkv's dtype; v is a view of qkv, to be read only.
 
@@ -285,15 +277,17 @@ def qk_norm_rope(
         raise ValueError(f"qk_norm_rope: qkv must be [B, L, 3 * {heads} heads * an even d], got {list(qkv.shape)}")
     _, L, width = qkv.shape
     d = width // (3 * heads)
-    library.check(
-        "qk_norm_rope", qkv, qkv=(qkv, qkv.shape), q_weight=(q_weight, (d,)), k_weight=(k_weight, (d,)),
-        cos=(cos, (L, d // 2)), sin=(sin, (L, d // 2)),
+    check(
+        "qk_norm_rope", qkv, qkv=(qkv, qkv.shape), q_norm_weight=(q_norm_weight, (d,)),
+        k_norm_weight=(k_norm_weight, (d,)), cos=(cos, (L, d // 2)), sin=(sin, (L, d // 2)),
     )  # fmt: skip
-    if q_weight.dtype != k_weight.dtype or cos.dtype != sin.dtype:
+    if q_norm_weight.dtype != k_norm_weight.dtype or cos.dtype != sin.dtype:
         raise ValueError(
-            "qk_norm_rope: q_weight and k_weight must share a dtype, and so must cos and sin, "
-            f"got {q_weight.dtype}, {k_weight.dtype}, {cos.dtype}, {sin.dtype}"
+            "qk_norm_rope: q_norm_weight and k_norm_weight must share a dtype, and so must cos and sin, "
+            f"got {q_norm_weight.dtype}, {k_norm_weight.dtype}, {cos.dtype}, {sin.dtype}"
         )
-    if library.compiled(qkv) is None:
-        return qk_norm_rope_reference(qkv, q_weight, k_weight, cos, sin, heads, eps)
-    return _QKNormRope.apply(qkv, q_weight, k_weight, cos, sin, heads, eps)
+    arguments = (qkv, q_norm_weight, k_norm_weight, cos, sin, heads, eps)
+    chosen_body = body(qkv)
+    if chosen_body == "reference":
+        return qk_norm_rope_reference(*arguments)
+    return _QKNormRope.apply(*arguments, chosen_body)

@@ -10,6 +10,7 @@ Shapes: packed [..., 2 F]; y [..., F]; N rows in all.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -19,8 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from pixelgen_kernels import library
-from pixelgen_kernels.launch import Launch, ModelShape
+from pixelgen_kernels.bodies import body
+from pixelgen_kernels.checks import check
+from pixelgen_kernels.launch import Launch
+from pixelgen_kernels.registration import operator
+from pixelgen_kernels.tuning import chosen
 
 
 def swiglu_reference(packed: Tensor) -> Tensor:
@@ -88,6 +92,23 @@ def swiglu_bwd_kernel(
     tl.store(y_ptr + o_n * F + o_f, (a * s * b).to(y_ptr.dtype.element_ty), mask=mask)
 
 
+@functools.cache
+def plan(direction: str, N: int, F: int, itemsize: int, config: Config) -> Launch:
+    """The launch of N rows of F. direction: "fwd" or "bwd"."""
+    return Launch(
+        name=f"swiglu_{direction}",
+        kernel=swiglu_fwd_kernel if direction == "fwd" else swiglu_bwd_kernel,
+        grid=triton.cdiv(N, config.block_n) * triton.cdiv(F, config.block_f),
+        constants={"F": F, "BLOCK_N": config.block_n, "BLOCK_F": config.block_f},
+        num_warps=config.num_warps,
+        num_stages=1,
+        bytes_moved=(3 if direction == "fwd" else 6) * N * F * itemsize,
+        rows=N,
+        # rows of L's 2730 bf16 begin at multiples of 4 bytes, of JiT-H's 3413 at multiples of 2
+        widest=8 * math.gcd(F * itemsize, 16),
+    )
+
+
 def _fake_forward(packed: Tensor) -> Tensor:
     return packed.new_empty((*packed.shape[:-1], packed.shape[-1] // 2))
 
@@ -96,71 +117,32 @@ def _fake_backward(dy: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(packed), torch.empty_like(dy)
 
 
-def launch_forward(packed: Tensor, config: Config = CONFIGS[0]) -> Tensor:
+@operator("swiglu", _fake_forward)
+def swiglu_forward(packed: Tensor) -> Tensor:
     y = _fake_forward(packed)
     N, F = math.prod(y.shape[:-1]), y.shape[-1]
-    grid = (triton.cdiv(N, config.block_n) * triton.cdiv(F, config.block_f),)
-    swiglu_fwd_kernel[grid](packed, y, N, F, config.block_n, config.block_f, num_warps=config.num_warps)
+    plan("fwd", N, F, y.element_size(), chosen("swiglu", CONFIGS, F)).start(packed, y, N)
     return y
 
 
-def launch_backward(dy: Tensor, packed: Tensor, config: Config = CONFIGS[0]) -> tuple[Tensor, Tensor]:
+@operator("swiglu_backward", _fake_backward)
+def swiglu_backward(dy: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
     """(dpacked, y): the output comes again at the price of its writing, for the layer that did not keep it."""
     dpacked, y = _fake_backward(dy, packed)
     N, F = math.prod(dy.shape[:-1]), dy.shape[-1]
-    grid = (triton.cdiv(N, config.block_n) * triton.cdiv(F, config.block_f),)
-    swiglu_bwd_kernel[grid](dy, packed, dpacked, y, N, F, config.block_n, config.block_f, num_warps=config.num_warps)
+    plan("bwd", N, F, y.element_size(), chosen("swiglu", CONFIGS, F)).start(dy, packed, dpacked, y, N)
     return dpacked, y
 
 
-@library.operator("swiglu", _fake_forward)
-def _swiglu(packed: Tensor) -> Tensor:
-    return launch_forward(packed)
-
-
-@library.operator("swiglu_backward", _fake_backward)
-def _swiglu_backward(dy: Tensor, packed: Tensor) -> tuple[Tensor, Tensor]:
-    return launch_backward(dy, packed)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+def _save(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
 def _backward(ctx: Any, dy: Tensor) -> Tensor:
-    return library.kernels.swiglu_backward(dy.contiguous(), *ctx.saved_tensors)[0]
+    return swiglu_backward(dy.contiguous(), *ctx.saved_tensors)[0]
 
 
-_swiglu.register_autograd(_backward, setup_context=_setup_context)
-
-
-def aot(shape: ModelShape, config: Config = CONFIGS[0]) -> list[Launch]:
-    """The launches of one SwiGLU of a model, as plain data for the report."""
-    N, F = shape.rows, shape.ffn
-    constexprs = {"F": F, "BLOCK_N": config.block_n, "BLOCK_F": config.block_f}
-    grid = triton.cdiv(N, config.block_n) * triton.cdiv(F, config.block_f)
-    pointers = {"dy_ptr": "*bf16", "packed_ptr": "*bf16", "dpacked_ptr": "*bf16", "y_ptr": "*bf16"}
-    return [
-        Launch(
-            name=f"swiglu_{direction}",
-            kernel=kernel,
-            signature={name: pointers[name] for name in names} | {"N": "i32"},
-            constexprs=constexprs,
-            num_warps=config.num_warps,
-            num_stages=1,
-            grid=grid,
-            flops=0,
-            bytes_moved=tensors * N * F * 2,
-            rows=N,
-            divisible=("N",),
-            # rows of L's 2730 bf16 begin at multiples of 4 bytes only
-            widest=128 if F % 8 == 0 else 32,
-        )
-        for direction, kernel, names, tensors in (
-            ("fwd", swiglu_fwd_kernel, ("packed_ptr", "y_ptr"), 3),
-            ("bwd", swiglu_bwd_kernel, ("dy_ptr", "packed_ptr", "dpacked_ptr", "y_ptr"), 6),
-        )
-    ]
+swiglu_forward.gradient(_save, _backward)
 
 
 def swiglu(packed: Tensor) -> Tensor:
@@ -170,6 +152,6 @@ def swiglu(packed: Tensor) -> Tensor:
     """
     if packed.ndim == 0 or packed.shape[-1] % 2:
         raise ValueError(f"swiglu: packed must have an even last size (a | b), got {list(packed.shape)}")
-    library.check("swiglu", packed, packed=(packed, packed.shape))
-    ops = library.compiled(packed)
-    return swiglu_reference(packed) if ops is None else ops.swiglu(packed)
+    check("swiglu", packed, packed=(packed, packed.shape))
+    chosen_body = body(packed)
+    return swiglu_reference(packed) if chosen_body == "reference" else swiglu_forward.apply(packed, body=chosen_body)

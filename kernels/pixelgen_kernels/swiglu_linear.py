@@ -13,21 +13,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixelgen_kernels import library
-from pixelgen_kernels.swiglu import swiglu
+from pixelgen_kernels.bodies import Body, body
+from pixelgen_kernels.swiglu import swiglu, swiglu_backward, swiglu_forward
 
 
 class _SwiGLULinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, packed: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, packed: Tensor, weight: Tensor, body: Body) -> Tensor:
         ctx.save_for_backward(packed, weight)
-        return F.linear(library.compiled(packed).swiglu(packed), weight)
+        ctx.body = body
+        return F.linear(swiglu_forward(packed, body=body), weight)
 
     @staticmethod
-    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, Tensor, None]:
         packed, weight = ctx.saved_tensors
-        dpacked, y = library.compiled(packed).swiglu_backward(dout @ weight, packed)
-        return dpacked, dout.flatten(0, -2).t() @ y.flatten(0, -2)
+        dpacked, y = swiglu_backward(dout @ weight, packed, body=ctx.body)
+        return dpacked, dout.flatten(0, -2).t() @ y.flatten(0, -2), None
 
 
 def swiglu_linear(packed: Tensor, weight: Tensor) -> Tensor:
@@ -37,6 +38,7 @@ def swiglu_linear(packed: Tensor, weight: Tensor) -> Tensor:
             f"swiglu_linear: packed {list(packed.shape)} {packed.dtype} does not fit weight {list(weight.shape)} "
             f"{weight.dtype}; packed needs twice the weight's columns and its dtype"
         )
-    if library.compiled(packed) is None:
+    chosen = body(packed)
+    if chosen == "reference":
         return F.linear(swiglu(packed), weight)
-    return _SwiGLULinear.apply(packed, weight)
+    return _SwiGLULinear.apply(packed, weight, chosen)

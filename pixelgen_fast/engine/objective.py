@@ -56,9 +56,14 @@ class FlowMatching(nn.Module):
             self.weights["alignment"] = alignment.weight
         self.parts: dict[str, Tensor] = {}
 
+    @property
+    def draws(self) -> bool:
+        """Whether a forward pass draws from torch's generator."""
+        return getattr(self.model, "uses_randomness", False)
+
     def seed_dropout(self, first: int) -> None:
         """Begin a micro-batch whose first image has this number, before forward: seeds torch for a model that draws."""
-        if getattr(self.model, "uses_randomness", False):
+        if self.draws:
             digest = hashlib.blake2b(f"dropout {self.seed} {first}".encode(), digest_size=8).digest()
             torch.manual_seed(int.from_bytes(digest))
 

@@ -20,10 +20,13 @@ from typing import Any
 
 import torch
 from pixelgen_kernels.adamw_ema import adamw_ema_foreach, total_norm
-from torch import Tensor
+from torch import Tensor, nn
+
+from pixelgen_fast.config import Optimizer
 
 APPLIED, SKIPPED, SKIPPED_IN_A_ROW = range(3)
 COUNTERS = ("step", "skipped", "skipped_in_a_row")
+EVEN = 8  # bf16 numbers in 16 bytes
 
 
 def ema_key(decay: float) -> str:
@@ -152,6 +155,29 @@ class AdamWEMA(torch.optim.Optimizer):
     def _local_norm(self) -> Tensor:
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         return total_norm(grads)
+
+
+def run_optimizer(settings: Optimizer, model: nn.Module, alignment: nn.Module | None) -> AdamWEMA:
+    """The optimizer of a run: over what the model trains, and over the projector of its alignment, not averaged.
+
+    Parameters of odd sizes come last: ZeRO cuts all from one buffer, in this order, and behind one of them no other
+    would begin at a multiple of 16 bytes, which matrix products and our kernels are fastest with.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": sorted(trained, key=lambda p: p.numel() % EVEN != 0)}]
+    projector = [] if alignment is None else list(alignment.parameters())
+    if projector:
+        groups.append({"params": projector, "ema": False})
+    return AdamWEMA(
+        groups,
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        ema_decays=settings.ema,
+        ema_warmup=settings.ema_warmup,
+        clip_norm=settings.clip,
+    )
 
 
 def _check_group(number: int, group: dict[str, Any]) -> None:

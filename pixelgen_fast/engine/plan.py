@@ -9,13 +9,12 @@ for W ranks; activations are what lives from forward to backward for one micro-b
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from pixelgen_kernels.bodies import gpu_bodies
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -58,7 +57,7 @@ def plan(model: nn.Module, config: Config, precision: str) -> Plan:
     """
     aligned = alignment_flops(model, config)
     if precision == "bf16":
-        with gpu_operators():
+        with gpu_bodies():
             activation_bytes = saved_bytes(model.bfloat16(), config.data.image_size)
     else:
         activation_bytes = saved_bytes(model, config.data.image_size)
@@ -85,19 +84,6 @@ def alignment_flops(model: nn.Module, config: Config) -> tuple[int, int] | None:
         with FlopCounterMode(display=False) as projector:
             alignment.projector(torch.empty(1, model.grid**2, alignment.width))
     return teacher.get_total_flops(), projector.get_total_flops()
-
-
-@contextmanager
-def gpu_operators() -> Iterator[None]:
-    """Meta tensors take the operator bodies of a GPU inside, unless PIXELGEN_OPS says otherwise already."""
-    if "PIXELGEN_OPS" in os.environ:
-        yield
-        return
-    os.environ["PIXELGEN_OPS"] = "triton"
-    try:
-        yield
-    finally:
-        del os.environ["PIXELGEN_OPS"]
 
 
 class Allocations(TorchDispatchMode):

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from pixelgen_kernels.attention import attention_backend
-from pixelgen_kernels.library import describe_bodies
+from pixelgen_kernels.bodies import describe_bodies
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast.data import Batch
@@ -28,7 +28,7 @@ from pixelgen_fast.engine.alignment import build_alignment
 from pixelgen_fast.engine.memory import keep_freed_memory
 from pixelgen_fast.engine.metrics import Metrics, device_peak, forward_flops, memory_used
 from pixelgen_fast.engine.objective import FlowMatching
-from pixelgen_fast.engine.optimizer import AdamWEMA, ema_key
+from pixelgen_fast.engine.optimizer import ema_key, run_optimizer
 from pixelgen_fast.engine.parallel import wrap_blocks
 from pixelgen_fast.engine.schedule import learning_rate
 from pixelgen_fast.engine.signals import REQUEUE, StopRequest, any_rank
@@ -80,27 +80,15 @@ class Trainer:
         with torch.device("meta"):
             counted = generator.build_model(self.built, len(self.classes))
         self.image_flops = 3 * forward_flops(counted, config.data.image_size)
+        # refuses what was asked for and cannot run here, before anything is written
+        self.operators = describe_operators(config, self.device, precision)
         if config.run.init:
             state, _ = generator.read_exported(Path(config.run.init))
             generator.load_weights(model, state, config.run.init)
         wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=config.train.compile_blocks)
         alignment = build_alignment(config, model, index, self.device)
         module = FlowMatching(model, config.objective, config.run.seed, len(self.classes), alignment)
-        groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
-        projector = [] if alignment is None else list(alignment.parameters())
-        if projector:
-            groups.append({"params": projector, "ema": False})
-        o = config.optimizer
-        optimizer = AdamWEMA(
-            groups,
-            lr=o.lr,
-            betas=o.betas,
-            eps=o.eps,
-            weight_decay=o.weight_decay,
-            ema_decays=o.ema,
-            ema_warmup=o.ema_warmup,
-            clip_norm=o.clip,
-        )
+        optimizer = run_optimizer(config.optimizer, model, alignment)
         self.engine = zero.ZeroEngine(
             module,
             optimizer,
@@ -309,16 +297,14 @@ class Trainer:
         (self.folder / "config.yaml").write_text(cfg.to_yaml(self.config))
         (self.folder / "classes.json").write_text(json.dumps(self.classes) + "\n")
         self.peak, what = device_peak(self.device)
-        t, m = self.config.train, self.config.model
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        t = self.config.train
         print(
             f"{self.folder}: {len(index):,} images in {len(self.classes)} classes; "
             f"{sum(torch.Size(s).numel() for s in self.engine.shapes.values()):,} parameters; "
             f"{self.world} x {self.device.type}, {precision}, ZeRO stage {t.zero_stage}; "
             f"{t.global_batch} images a step = {self.world} ranks x {self.accumulation} x {t.micro_batch}\n"
             f"peak: {self.peak / 1e9:,.0f} GFLOP/s ({what})\n"
-            f"{describe_bodies(self.device.type)}\n"
-            f"{attention_backend(self.device, dtype, m.hidden_size // m.num_heads)}"
+            f"{self.operators}"
         )
 
     def _draw(self, path: Path) -> None:
@@ -393,6 +379,16 @@ def resolve_device(config: cfg.Config) -> tuple[torch.device, str]:
             "train.precision is bf16, but the run is on a CPU, where it is 6x slower; use fp32 or auto"
         )
     return device, precision
+
+
+def describe_operators(config: cfg.Config, device: torch.device, precision: str) -> str:
+    """Two lines for the log: which bodies the operators run, and which attention.
+
+    Raises ValueError for what PIXELGEN_OPS or PIXELGEN_ATTENTION asks for and cannot run on the device.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    head_dim = config.model.hidden_size // config.model.num_heads
+    return f"{describe_bodies(device.type)}\n{attention_backend(device, dtype, head_dim)}"
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> dict[str, str]:

@@ -136,6 +136,9 @@ class ZeroEngine:
         if stage == 3:
             for whole in whole_modules:
                 set_z3_leaf_module(whole, True)
+        if dtype == "bf16":
+            # DeepSpeed casts parameters only; the module casts its buffers too, and knows those that keep float32
+            module.bfloat16()
         # DeepSpeed warns of an optimizer it has not tested; tests/engine/test_zero.py tests this one.
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         with redirect_stdout(StringIO()) as said:

@@ -18,13 +18,17 @@ if not GPU:
     # triton.jit chooses the interpreter when a kernel is defined: set it before the first import of the package.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from pixelgen_kernels import library  # noqa: E402
+from pixelgen_kernels.agreement import relative_error, tolerance  # noqa: E402
+from pixelgen_kernels.bodies import INTERPRETED, interpreter_problem  # noqa: E402
+from pixelgen_kernels.native import has_native, native_problem  # noqa: E402
 
-if not GPU and not library.INTERPRETED:
+if not GPU and not INTERPRETED:
     raise pytest.UsageError(
         "pixelgen_kernels was imported before TRITON_INTERPRET=1 was set; "
         "set it in tests/conftest.py or in the environment"
     )
+if not GPU and interpreter_problem():
+    raise pytest.UsageError(interpreter_problem())
 
 
 # torch.device as a context remembers torch's constructors at its first use; it must not remember the poisoned ones.
@@ -55,7 +59,7 @@ BODIES = ["reference", "triton"] if GPU else ["reference", "native", "triton"]
 
 def _choose(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
     if name == "native":
-        assert library.has_native(), library.native_problem()
+        assert has_native(), native_problem()
     # a graph that was traced before holds another body
     torch.compiler.reset()
     monkeypatch.setenv("PIXELGEN_OPS", name)
@@ -95,22 +99,15 @@ def poisoned_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
 
 
-def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
-    """||out - ref|| / ||ref||, computed in float64; ||out|| where the reference is all zero or empty."""
-    out, ref = out.detach().double().cpu(), ref.detach().double().cpu()
-    norm = float(ref.norm())
-    return float((out - ref).norm()) / (norm if norm > 0 else 1.0)
-
-
 @pytest.fixture
 def assert_close() -> Callable[..., None]:
-    """assert_close(name, out, ref, rel=1e-5): same shape, and ||out - ref|| <= rel ||ref||."""
+    """assert_close(operator, name, out, ref): same shape, and an error that the operator may have in out's type."""
 
-    def compare(name: str, out: torch.Tensor, ref: torch.Tensor, rel: float = 1e-5) -> None:
+    def compare(operator: str, name: str, out: torch.Tensor, ref: torch.Tensor) -> None:
         assert out is not None, f"{name}: no result"
         assert out.shape == ref.shape, f"{name}: {list(out.shape)}, expected {list(ref.shape)}"
-        error = relative_error(out, ref)
-        assert error <= rel, f"{name}: relative error {error:.2e} > {rel:.0e}"
+        error, tolerated = relative_error(out, ref), tolerance(operator, out.dtype)
+        assert error <= tolerated, f"{name}: relative error {error:.2e} > {tolerated:.0e}"
 
     return compare
 

@@ -1,15 +1,19 @@
-"""Kernels with one planted fault each, compiled for sm_90 by test_report in a process without the interpreter."""
+"""Operators with one planted fault each, judged for sm_90 by test_report in a process without the interpreter."""
 
 from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 
+import torch
 import triton
 import triton.language as tl
-from pixelgen_kernels import report
 from pixelgen_kernels.launch import Launch
-from pixelgen_kernels.registry import Operator
+from pixelgen_kernels.registry import Inputs, Maker, Operator
+from pixelgen_kernels.report.command import main
+from pixelgen_kernels.shapes import MODELS, B, ModelShape
+from torch import Tensor
 
 N = 1 << 20
 
@@ -45,52 +49,56 @@ def add_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.atomic_add(y_ptr + tl.arange(0, BLOCK), tl.load(x_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)))
 
 
-def copy(name: str = "copy_fwd", block: int = 1024, num_warps: int = 4, work: int = 0, **other) -> Launch:
-    values = dict(
-        signature={"x_ptr": "*fp32", "y_ptr": "*fp32", "N": "i32"}, constexprs={"BLOCK": block, "WORK": work},
-        num_stages=1, grid=N // block, flops=0, bytes_moved=8 * N, rows=N, divisible=("N",),
-    )  # fmt: skip
-    return Launch(name, copy_kernel, num_warps=num_warps, **{**values, **other})
+def copy(x: Tensor, y: Tensor, name: str = "copy_fwd", block: int = 1024, work: int = 0) -> None:
+    Launch(
+        name, copy_kernel, N // block, {"BLOCK": block, "WORK": work}, num_warps=4, num_stages=1,
+        bytes_moved=8 * N, rows=N,
+    ).start(x, y, N)  # fmt: skip
 
 
-def product(name: str, rows: int, columns: int = 128, depth: int = 2048, **other) -> Launch:
-    values = dict(
-        signature={"a_ptr": "*bf16", "b_ptr": "*bf16", "y_ptr": "*bf16", "K": "i32"},
-        constexprs={"M": rows, "N": columns, "BLOCK_K": 64}, num_warps=4, num_stages=3, grid=264,
-        flops=2 * 264 * rows * columns * depth, rows=264 * rows, loops=(depth // 64,), divisible=("K",),
-        bytes_moved=2 * (264 * rows * depth + depth * columns + 264 * rows * columns),
-    )  # fmt: skip
-    return Launch(name, product_kernel, **{**values, **other})
+def product(x: Tensor, y: Tensor, name: str, rows: int, columns: int = 128, stages: int = 3, trips: int = 32) -> None:
+    a, b, c = (x.to(torch.bfloat16) for _ in range(3))
+    depth = 32 * 64
+    Launch(
+        name, product_kernel, 264, {"M": rows, "N": columns, "BLOCK_K": 64}, num_warps=4, num_stages=stages,
+        bytes_moved=2 * (264 * rows * depth + depth * columns + 264 * rows * columns), rows=264 * rows,
+        flops=2 * 264 * rows * columns * depth, loops=(trips,) if trips else (),
+    ).start(a, b, c, depth)  # fmt: skip
 
 
-def strided(name: str) -> Launch:
-    signature = {"x_ptr": "*fp32", "y_ptr": "*fp32", "stride": "i32"}
-    return Launch(name, strided_kernel, signature, {"BLOCK": 1024}, 4, 1, N // 1024, 0, 8 * N, N)
+def strided(x: Tensor, y: Tensor) -> None:
+    Launch("narrow_fwd", strided_kernel, N // 1024, {"BLOCK": 1024}, 4, 1, bytes_moved=8 * N, rows=N).start(x, y, 3)
 
 
-def add(name: str) -> Launch:
-    return Launch(name, add_kernel, {"x_ptr": "*fp32", "y_ptr": "*fp32"}, {"BLOCK": 1024}, 4, 1, N // 1024, 0, 4 * N, N)
+def add(x: Tensor, y: Tensor) -> None:
+    Launch("atomic_fwd", add_kernel, N // 1024, {"BLOCK": 1024}, 4, 1, bytes_moved=4 * N, rows=N).start(x, y)
 
 
+def good(x: Tensor, y: Tensor) -> None:
+    copy(x, y)
+    product(x, y, "product_fwd", rows=128)
+
+
+WORK = int(os.environ.get("PLANTED_WORK", "0"))
 PLANTED = {
-    "good": [copy(), product("product_fwd", rows=128)],
-    "slow": [copy(work=int(os.environ.get("PLANTED_WORK", "0")))],
+    "good": good,
+    "slow": lambda x, y: copy(x, y, "slow_fwd", block=2048, work=WORK),
     # a 128 x 256 accumulator over 4 warps is 256 registers a thread, one more than there are
-    "spill": [product("spill_fwd", rows=128, columns=256, num_stages=2)],
-    "narrow": [strided("narrow_fwd")],
-    "no_wgmma": [product("no_wgmma_fwd", rows=32)],
-    "undeclared": [product("undeclared_fwd", rows=128, loops=())],
-    "atomic": [add("atomic_fwd")],
-    "broken": [copy("broken_fwd", constexprs={"BLOCK": 1000, "WORK": 0})],
-    "crowded": [product("crowded_fwd", rows=128, num_stages=9)],
+    "spill": lambda x, y: product(x, y, "spill_fwd", rows=128, columns=256, stages=2),
+    "narrow": strided,
+    "no_wgmma": lambda x, y: product(x, y, "no_wgmma_fwd", rows=32),
+    "undeclared": lambda x, y: product(x, y, "undeclared_fwd", rows=128, stages=4, trips=0),
+    "atomic": add,
+    "broken": lambda x, y: copy(x, y, "broken_fwd", block=1000),
+    "crowded": lambda x, y: product(x, y, "crowded_fwd", rows=128, stages=9),
 }
 
 
-def operators(names: list[str]) -> dict[str, Operator]:
-    return {
-        name: Operator(name, None, "", launches=lambda shape, config: config, tuning=(PLANTED[name],)) for name in names
-    }
+def inputs(shape: ModelShape, maker: Maker) -> Inputs:
+    return {name: maker.normal(N, dtype=torch.float32) for name in ("x", "y")}
 
 
 if __name__ == "__main__":
-    sys.exit(report.main(sys.argv[2:], operators(sys.argv[1].split(","))))
+    names = sys.argv[1].split(",")
+    operators = {name: Operator(name, inputs, PLANTED[name], in_place=True) for name in names}
+    sys.exit(main(sys.argv[2:], operators, MODELS | {"B": replace(B, cases=tuple(names))}))

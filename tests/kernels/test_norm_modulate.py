@@ -1,31 +1,26 @@
-"""Residual + RMSNorm + modulation: the kernels against the reference and float64, every gradient by name."""
+"""Residual + RMSNorm + modulation: unused outputs, an odd width, large tensors, and what an operator owes."""
 
 import pytest
 import torch
-from pixelgen_kernels import library
 from pixelgen_kernels import norm_modulate as public
 from pixelgen_kernels.norm_modulate import (
-    CONFIGS,
-    launch_backward,
-    launch_forward,
     norm_modulate_bwd_kernel,
     norm_modulate_bwd_reduce_kernel,
     norm_modulate_fwd_kernel,
     norm_modulate_reference,
 )
+from pixelgen_kernels.registration import kernels
 
-# (B, L, D): one token; odd counts; tokens past a chunk of backward; a width that is no power of two; XL's width;
-# more images than one step of the reduction; no image; no token.
-SHAPES = [(1, 1, 8), (2, 3, 33), (1, 35, 72), (1, 2, 1152), (65, 1, 8), (0, 4, 32), (2, 0, 32)]
-CASES = [(shape, True, "both") for shape in SHAPES]
-CASES += [((2, 3, 33), True, "y"), ((2, 3, 33), True, "x'"), ((2, 3, 33), False, "both"), ((2, 3, 33), False, "y")]
+# (B, L, D), whether a branch is pending, outputs that are used: an odd width, so that no row is aligned; no token.
+CASES = [((2, 3, 33), True, "both"), ((2, 3, 33), True, "y"), ((2, 3, 33), True, "x'"), ((2, 3, 33), False, "both")]
+CASES += [((2, 3, 33), False, "y"), ((2, 0, 32), True, "both")]
 
 
 def inputs(B, L, D, device, dtype=torch.float32):
-    torch.manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
     shapes = {"x": (B, L, D), "branch": (B, L, D), "weight": (D,), "packed": (B, 6 * D)}
-    tensors = {name: torch.randn(*shape, device=device).to(dtype) for name, shape in shapes.items()}
-    cotangents = [torch.randn(B, L, D, device=device).to(dtype) for _ in range(2)]
+    tensors = {name: torch.randn(*shape, generator=generator).to(device, dtype) for name, shape in shapes.items()}
+    cotangents = [torch.randn(B, L, D, generator=generator).to(device, dtype) for _ in range(2)]
     return tensors, cotangents
 
 
@@ -46,35 +41,16 @@ def test_outputs_and_gradients(body, shape, pending, used, device, gradients, as
         del tensors["branch"]
     cotangents = [c if used in ("both", name) else None for c, name in zip(cotangents, ("y", "x'"), strict=True)]
     outputs, grads = gradients(from_packed(public), tensors, cotangents)
-    for rel, dtype in ((1e-5, torch.float32), (2e-6, torch.float64)):
-        refs, ref_grads = gradients(from_packed(norm_modulate_reference), tensors, cotangents, dtype=dtype, eps=1e-6)
-        for name, out, ref in zip(("y", "x'"), outputs, refs, strict=True):
-            assert_close(name, out, ref, rel)
-        for name, ref in ref_grads.items():
-            # autograd leaves out what a result does not depend on, a compiled body then computes its zeros
-            zeros = torch.zeros_like(tensors[name])
-            assert_close(f"d{name}", *(zeros if grad is None else grad for grad in (grads[name], ref)), rel)
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=str)
-def test_every_configuration(config, device, assert_close):
-    tensors, (dy, dxp) = inputs(1, 37, 24, device)
-    x, branch, weight = tensors["x"], tensors["branch"], tensors["weight"]
-    shift, scale, gate = tensors["packed"].chunk(6, dim=-1)[:3]
-    default, tried = (launch_forward(x, weight, shift, scale, branch, gate, 1e-6, c) for c in (CONFIGS[0], config))
-    for name, out, ref in zip(("y", "x'", "r"), tried, default, strict=True):
-        assert_close(name, out, ref, 1e-6)
-    _, xp, r = default
-    default, tried = (launch_backward(dy, dxp, xp, r, weight, scale, branch, gate, c) for c in (CONFIGS[0], config))
-    for name, out, ref in zip(("x", "branch", "weight", "shift", "scale", "gate"), tried, default, strict=True):
-        assert_close(f"d{name}", out, ref, 1e-6)
-
-
-def test_backward_repeats_its_bits(body, device, gradients):
-    tensors, cotangents = inputs(1, 37, 24, device)
-    once, twice = (gradients(from_packed(public), tensors, cotangents)[1] for _ in range(2))
-    for name, grad in once.items():
-        assert torch.equal(grad, twice[name]), name
+    refs, ref_grads = gradients(
+        from_packed(norm_modulate_reference), tensors, cotangents, dtype=torch.float64, eps=1e-6
+    )
+    for name, out, ref in zip(("y", "x'"), outputs, refs, strict=True):
+        assert_close("norm_modulate", name, out, ref)
+    for name, ref in ref_grads.items():
+        # autograd leaves out what a result does not depend on, a compiled body then computes its zeros
+        zeros = torch.zeros_like(tensors[name])
+        pair = (zeros if grad is None else grad for grad in (grads[name], ref))
+        assert_close("norm_modulate", f"d{name}", *pair)
 
 
 def test_eps_enters_where_tokens_vanish(body, device):
@@ -91,23 +67,10 @@ def test_registration(pending, device):
     branch, gate = (tensors["branch"], gate) if pending else (None, None)
     leaves = [t if t is None else t.detach().requires_grad_() for t in (tensors["x"], tensors["weight"], shift, scale)]
     leaves += [t if t is None else t.detach().requires_grad_() for t in (branch, gate)]
-    torch.library.opcheck(library.kernels.norm_modulate, (*leaves, 1e-6))
+    torch.library.opcheck(kernels.norm_modulate, (*leaves, 1e-6))
     r = torch.rand(2, 3, device=device)
     saved = (tensors["x"], r, tensors["weight"], scale, branch, gate)
-    torch.library.opcheck(library.kernels.norm_modulate_backward, (dy, dxp if pending else None, *saved))
-
-
-@pytest.mark.parametrize("used", ["y and x'", "y"])
-def test_compiles_to_one_graph(body, used, device, gradients):
-    tensors, cotangents = inputs(2, 3, 16, device)
-    if used == "y":
-        cotangents[1] = None
-    compiled = torch.compile(from_packed(public), fullgraph=True, backend="aot_eager")
-    (outputs, grads), (traced, traced_grads) = (
-        gradients(function, tensors, cotangents) for function in (from_packed(public), compiled)
-    )
-    for out, other in zip([*outputs, *grads.values()], [*traced, *traced_grads.values()], strict=True):
-        assert torch.equal(out, other)
+    torch.library.opcheck(kernels.norm_modulate_backward, (dy, dxp if pending else None, *saved))
 
 
 def test_offsets_past_two_to_the_31(addresses):
@@ -118,7 +81,7 @@ def test_offsets_past_two_to_the_31(addresses):
     row = image * L + 248
     tokens, columns = list(range(row * D, (row + 8) * D)), list(range(image * stride, image * stride + D))
     touched = addresses(
-        norm_modulate_fwd_kernel, (image * 32 + 31, 0, 0), x_ptr=half, weight_ptr=half, shift_ptr=half,
+        norm_modulate_fwd_kernel, (image * 32 + 31, 0, 0), x_ptr=half, norm_weight_ptr=half, shift_ptr=half,
         scale_ptr=half, branch_ptr=half, gate_ptr=half, y_ptr=half, xp_ptr=half, r_ptr=full,
         stride_shift=stride, stride_scale=stride, stride_gate=stride, L=L, eps=1e-6, CHUNK=8, **last,
     )  # fmt: skip
@@ -131,7 +94,7 @@ def test_offsets_past_two_to_the_31(addresses):
     program = image * 32 + 31
     touched = addresses(
         norm_modulate_bwd_kernel, (program, 0, 0), dy_ptr=half, dxp_ptr=half, xp_ptr=half, r_ptr=full,
-        weight_ptr=half, scale_ptr=half, branch_ptr=half, gate_ptr=half, dx_ptr=half, dbranch_ptr=half,
+        norm_weight_ptr=half, scale_ptr=half, branch_ptr=half, gate_ptr=half, dx_ptr=half, dbranch_ptr=half,
         partial_ptr=full, stride_scale=stride, stride_gate=stride, L=L, CHUNK=8, **last,
     )  # fmt: skip
     for name in ("dy_ptr", "dxp_ptr", "xp_ptr", "branch_ptr", "dx_ptr", "dbranch_ptr"):
@@ -141,8 +104,8 @@ def test_offsets_past_two_to_the_31(addresses):
 
     # 60 images of 2^14 chunks: 3.4e9 partial sums
     touched = addresses(
-        norm_modulate_bwd_reduce_kernel, (71, 0, 0), partial_ptr=full, weight_ptr=half, scale_ptr=half,
-        dweight_ptr=half, dshift_ptr=half, dscale_ptr=half, dgate_ptr=half, stride_scale=2**27, B=60, chunks=2**4,
+        norm_modulate_bwd_reduce_kernel, (71, 0, 0), partial_ptr=full, norm_weight_ptr=half, scale_ptr=half,
+        dnorm_weight_ptr=half, dshift_ptr=half, dscale_ptr=half, dgate_ptr=half, stride_scale=2**27, B=60, chunks=2**4,
         D=1152 * 2**10, BLOCK_D=16, BLOCK_B=64,
     )  # fmt: skip
     width = 1152 * 2**10
@@ -154,7 +117,7 @@ def test_offsets_past_two_to_the_31(addresses):
 
 def arguments(**changed):
     B, L, D = 2, 3, 16
-    given = {"x_BLD": (B, L, D), "weight_D": (D,), "shift_BD": (B, D), "scale_BD": (B, D)}
+    given = {"x_BLD": (B, L, D), "norm_weight_D": (D,), "shift_BD": (B, D), "scale_BD": (B, D)}
     given |= {"branch_BLD": (B, L, D), "gate_BD": (B, D)}
     return {name: torch.zeros(shape) for name, shape in given.items()} | changed
 
@@ -164,7 +127,7 @@ def arguments(**changed):
     [
         ({"x_BLD": torch.zeros(3, 16)}, r"x must be \[B, L, D\], got \[3, 16\]"),
         ({"gate_BD": None}, "branch and gate must be given together"),
-        ({"weight_D": torch.zeros(15)}, r"weight must be \[16\], got \[15\]"),
+        ({"norm_weight_D": torch.zeros(15)}, r"norm_weight must be \[16\], got \[15\]"),
         ({"shift_BD": torch.zeros(3, 16)}, r"shift must be \[2, 16\], got \[3, 16\]"),
         ({"scale_BD": torch.zeros(16, 2).t()}, r"scale must have unit stride .* got strides \(1, 2\)"),
         ({"branch_BLD": torch.zeros(2, 16, 3).mT}, "branch must be contiguous"),
@@ -172,9 +135,7 @@ def arguments(**changed):
         ({"gate_BD": torch.zeros(2, 16, device="meta")}, "gate must be on cpu, got meta"),
     ],
 )
-def test_bad_input_is_named(changed, message, monkeypatch):
-    # nothing runs, so that a machine with a GPU may check CPU tensors too
-    monkeypatch.setattr(library, "INTERPRETED", True)
+def test_bad_input_is_named(changed, message):
     with pytest.raises(ValueError, match="norm_modulate: " + message):
         public(**arguments(**changed))
 
@@ -187,8 +148,7 @@ def test_bfloat16(D, gradients, assert_close):
     refs, ref_grads = gradients(
         from_packed(norm_modulate_reference), tensors, cotangents, dtype=torch.float64, eps=1e-6
     )
-    # x' and what is computed from it are each rounded to bfloat16 once: 2^-9 / sqrt(3) rms each
     for name, out, ref in zip(("y", "x'"), outputs, refs, strict=True):
-        assert_close(name, out, ref, 4e-3)
+        assert_close("norm_modulate", name, out, ref)
     for name, ref in ref_grads.items():
-        assert_close(f"d{name}", grads[name], ref, 4e-3)
+        assert_close("norm_modulate", f"d{name}", grads[name], ref)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from pixelgen_kernels import philox
+from pixelgen_kernels import bodies, philox
 from scipy import stats
 
 SEED = 0x0123456789ABCDEF
@@ -15,6 +15,12 @@ KNOWN = {
     "ones": ("ffffffff ffffffff ffffffff ffffffff", "ffffffff ffffffff", "408f276d 41c83b0e a20bc7c6 6d5451fd"),
     "pi": ("243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0", "d16cfe09 94fdcceb 5001e420 24126ea1"),
 }
+
+
+@pytest.fixture(autouse=True)
+def reference_body(triton_bodies: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The laws of the numbers are proved on one body; the others (fixture `body`) draw the same words."""
+    monkeypatch.setenv(bodies.VARIABLE, "reference")
 
 
 def hexes(text: str) -> list[int]:
@@ -64,11 +70,11 @@ def test_the_whole_seed_counts(body):
 
 
 @pytest.mark.parametrize("draw", [philox.words, philox.uniform, philox.normal])
-def test_an_image_draws_the_same_whatever_its_batch(draw):
+def test_an_image_draws_the_same_whatever_its_batch(draw, body):
     """Any slice, order or length of the draw gives the same bits: what makes world size and micro-batch irrelevant."""
-    numbers = torch.arange(100, 164)
+    numbers = torch.arange(100, 116)
     whole = draw(SEED, numbers, philox.NOISE, 30)
-    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(draw(SEED, numbers[order], philox.NOISE, 30), whole[order])
     assert torch.equal(torch.cat([draw(SEED, n, philox.NOISE, 30) for n in numbers.split(7)]), whole)
     assert torch.equal(draw(SEED, numbers, philox.NOISE, 13), whole[:, :13])

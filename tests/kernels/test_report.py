@@ -4,13 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from pixelgen_kernels import aot, sass, warmup
-from pixelgen_kernels.device import H100, occupancy
-from pixelgen_kernels.gate import broken_times, read_baseline
-from pixelgen_kernels.launch import XL, Launch
+from pixelgen_kernels import tuning
+from pixelgen_kernels.launch import Launch, Started
+from pixelgen_kernels.registry import OPERATORS
+from pixelgen_kernels.report import compile, sass, warmup
+from pixelgen_kernels.report.command import BASELINE, main, note
+from pixelgen_kernels.report.gpu import H100, occupancy, with_ceilings
+from pixelgen_kernels.report.listing import listed
+from pixelgen_kernels.report.rules import broken_times, read_baseline
+from pixelgen_kernels.shapes import JIT_H, MODELS, B
 
 HERE = Path(__file__).parent
 
@@ -174,7 +181,7 @@ def test_the_gate_fails_on_a_slower_kernel_and_on_one_without_a_baseline(planted
     )
     out = report(folder, "good,slow", "--gate", f"--baseline={folder / 'part.json'}", PLANTED_WORK="200")
     assert out.returncode == 1
-    assert "GATE B/slow/copy_fwd: modelled time grew from 2.8 to" in out.stderr
+    assert "GATE B/slow/slow_fwd: modelled time grew from 2.8 to" in out.stderr
     assert "GATE B/good/copy_fwd: has no row in the baseline" in out.stderr
     assert "GATE B/good/product_fwd: has no row in the baseline" in out.stderr
 
@@ -198,19 +205,142 @@ def test_rows_that_vanished_from_a_whole_run_are_named():
 def test_what_is_missing_is_named(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"no baseline at .*none\.json; write one with --update-baseline"):
         read_baseline(tmp_path / "none.json")
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match="is not a baseline"):
-        read_baseline(tmp_path / "other.json")
-    with pytest.raises(aot.ToolError, match=r"nvdisasm is not at .*triton wheel"):
-        monkeypatch.setattr(aot.triton, "__file__", str(tmp_path / "__init__.py"))
-        aot.tool("nvdisasm")
-    launch = Launch("x_fwd", object(), {}, {}, 4, 1, 1, 0, 0, 1)
+    for content in ("{}", '{"microseconds": {"B/x/x_fwd": 1.0}}'):
+        (tmp_path / "other.json").write_text(content)
+        with pytest.raises(ValueError, match="is not a baseline"):
+            read_baseline(tmp_path / "other.json")
+    with pytest.raises(compile.ToolError, match=r"nvdisasm is not at .*triton wheel"):
+        monkeypatch.setattr(compile.triton, "__file__", str(tmp_path / "__init__.py"))
+        compile.tool("nvdisasm")
     with pytest.raises(ValueError, match="a process without TRITON_INTERPRET=1"):
-        aot.compile_all([launch])
+        compile.compile_all([started()])
     with pytest.raises(ValueError, match="architecture 70 is not one of"):
-        aot.compile_all([launch], arch=70)
+        compile.compile_all([started()], arch=70)
+
+
+def started(**changes: object) -> Started:
+    """A launch of a kernel that there is none of. changes: of its plan, or `arguments` that it starts with."""
+    arguments = changes.pop("arguments", (64,))
+    kernel = SimpleNamespace(fn=started, arg_names=("N", "BLOCK"), cache_key="source")
+    plan = dict(name="x_fwd", kernel=kernel, grid=1, constants={"BLOCK": 32}, num_warps=4, num_stages=1,
+                bytes_moved=1, rows=1)  # fmt: skip
+    return Started.of(Launch(**plan | changes), arguments)
+
+
+def test_an_answer_is_stored_for_all_that_it_depends_on(monkeypatch):
+    other_source = SimpleNamespace(fn=started, arg_names=("N", "BLOCK"), cache_key="other")
+    keys = [
+        compile.key(started(), 90),
+        compile.key(started(), 80),
+        compile.key(started(kernel=other_source), 90),
+        compile.key(started(constants={"BLOCK": 64}), 90),
+        compile.key(started(num_warps=8), 90),
+        compile.key(started(num_stages=3), 90),
+        compile.key(started(options={"maxnreg": 128}), 90),
+        compile.key(started(loops=(3,)), 90),
+        *(compile.key(started(arguments=(n,)), 90) for n in (1, 65, 2**40)),
+    ]
+    monkeypatch.setattr(compile.triton, "__version__", "0")
+    keys.append(compile.key(started(), 90))
+    monkeypatch.setattr(compile, "_analysis", lambda: "another analysis")
+    keys.append(compile.key(started(), 90))
+    assert len(set(keys)) == len(keys)
+    # neither depends on the grid nor on what is declared for the roofline
+    assert compile.key(started(grid=7, bytes_moved=9, rows=8), 90) == keys[-1]
+
+
+def test_a_kernel_of_a_model_is_listed_once_and_for_the_model_s_own_cases():
+    found = listed(OPERATORS, MODELS.values())
+    assert len({(item.model, item.started.key) for item in found}) == len(found) == len({item.key for item in found})
+    assert all(item.case in MODELS[item.model].cases for item in found)
+    by_model = {model: {item.key.partition("/")[2] for item in found if item.model == model} for model in MODELS}
+    assert by_model["L"] >= {"flow_loss/flow_loss_bwd_reduce", "pixel_mlp/pixel_mlp_bwd_reduce"}
+    # the sum of partial results is the same for every variant of an operator
+    assert "pixel_mlp_tanh/pixel_mlp_bwd_reduce" not in by_model["L"]
+    assert "norm_modulate_last/norm_modulate_bwd" in by_model["JiT-H"] - by_model["L"]
+
+
+def test_every_configuration_is_listed_on_request_and_a_tuned_one_is_shipped(tmp_path, monkeypatch):
+    operators = {"swiglu": OPERATORS["swiglu"]}
+    first, *others = OPERATORS["swiglu"].configs
+    shipped = listed(operators, [B])
+    every = listed(operators, [B], every=True)
+    assert every[: len(shipped)] == shipped and all(item.shipped for item in shipped)
+    assert {item.config for item in every[len(shipped) :]} == {str(config) for config in others}
+    assert not any(item.shipped for item in every[len(shipped) :])
+
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    (tmp_path / "h100.json").write_text(json.dumps({"swiglu": {str(B.ffn): list(others[0])}}))
+    tuning._tuned.cache_clear()
+    try:
+        tuned = listed(operators, [B], every=True)
+        assert [item.started.key for item in tuned if item.shipped] == [
+            item.started.key for item in every if item.config == str(others[0])
+        ]
+        assert {item.config for item in tuned if not item.shipped} == {str(c) for c in (first, *others[1:])}
+        # another GPU's file, and another size, change nothing
+        assert [x.started.key for x in listed(operators, [B], gpu="A100")] == [x.started.key for x in shipped]
+        assert listed(operators, [JIT_H])[0].launch.constants["BLOCK_N"] == first.block_n
+    finally:
+        tuning._tuned.cache_clear()
+
+
+def test_the_committed_baseline_holds_every_launch_that_is_listed():
+    assert set(read_baseline(BASELINE)) == {item.key for item in listed(OPERATORS, MODELS.values())}
+
+
+def test_measured_ceilings_replace_those_of_the_device(tmp_path):
+    path = tmp_path / "ceilings.json"
+    path.write_text(json.dumps({"tflop_per_s": 712.5, "tb_per_s": 2.9, "gpu": "NVIDIA H100 PCIe", "copies": 3}))
+    device = with_ceilings(H100, path)
+    assert (device.tensor_rate, device.bandwidth) == (712.5e12, 2.9e12)
+    assert replace(device, tensor_rate=H100.tensor_rate, bandwidth=H100.bandwidth, ceilings=H100.ceilings) == H100
+    assert "712 TFLOP/s, 2.9 TB/s (measured on NVIDIA H100 PCIe, ceilings.json)" in note(device)
+    assert "798 TFLOP/s, 3.0 TB/s (seen elsewhere)" in note(H100)
+
+
+@pytest.mark.parametrize(
+    "content", ["no json", "[1, 2]", "{}", '{"tflop_per_s": 700}', '{"tflop_per_s": 700, "tb_per_s": 0}',
+                '{"tflop_per_s": "700", "tb_per_s": 2.8}', '{"tflop_per_s": NaN, "tb_per_s": 2.8}']
+)  # fmt: skip
+def test_a_file_that_holds_no_ceilings_is_named(tmp_path, content):
+    path = tmp_path / "wrong.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"wrong\.json: (no readable|ceilings need)"):
+        with_ceilings(H100, path)
+    with pytest.raises(ValueError, match=r"none\.json: no readable"):
+        with_ceilings(H100, tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("option", ["--gate", "--update-baseline"])
+def test_the_baseline_is_kept_at_the_report_s_own_ceilings(tmp_path, option):
+    path = tmp_path / "ceilings.json"
+    path.write_text(json.dumps({"tflop_per_s": 700, "tb_per_s": 2.9}))
+    with pytest.raises(ValueError, match="--ceilings changes the times"):
+        main([f"--ceilings={path}", option])
+
+
+def test_ceilings_change_what_they_bind(planted):
+    """Half the bandwidth doubles a copy's time; a product that the tensor cores bind takes theirs."""
+    folder, _, rows = planted
+    (folder / "ceilings.json").write_text(json.dumps({"tflop_per_s": 399, "tb_per_s": 1.5}))
+    out = report(folder, "good", f"--ceilings={folder / 'ceilings.json'}", f"--json={folder / 'slower.json'}")
+    assert out.returncode == 0, out.stderr
+    slower = {
+        row["launch"]["name"]: row["modelled"] for row in json.loads((folder / "slower.json").read_text())["rows"]
+    }
+    for name in ("copy_fwd", "product_fwd"):
+        for limit in ("tensor", "memory"):
+            assert slower[name][limit] == pytest.approx(2 * rows[name]["modelled"][limit])
+        assert slower[name]["issue"] == rows[name]["modelled"]["issue"]
+    assert slower["copy_fwd"]["time"] == pytest.approx(2 * rows["copy_fwd"]["modelled"]["time"])
 
 
 def test_warmup_without_a_gpu_says_why_it_does_nothing(monkeypatch):
     monkeypatch.setattr(warmup.torch.cuda, "is_available", lambda: False)
-    assert "nothing to do without a GPU" in warmup.warmup(XL)
+    assert "nothing to do without a GPU" in warmup.warmup([started()], "a model")
+
+
+def test_warmup_prepares_each_kernel_once():
+    launches = [started(), started(grid=7), started(num_warps=8), started()]
+    assert [x.launch.num_warps for x in warmup.distinct(launches)] == [4, 8]

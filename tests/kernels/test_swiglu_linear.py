@@ -1,4 +1,4 @@
-"""swiglu_linear against float64, what it keeps, and what it refuses."""
+"""swiglu_linear: any leading dimensions, what it keeps, and what it refuses."""
 
 import pytest
 import torch
@@ -11,20 +11,21 @@ def definition(packed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return (F.silu(a) * b) @ weight.t()
 
 
-@pytest.mark.parametrize(("rows", "hidden", "width"), [((1,), 1, 1), ((2, 3), 24, 8), ((5, 7), 33, 10)])
-def test_output_and_gradients(body, gradients, assert_close, rows, hidden, width) -> None:
-    inputs = {"packed": torch.randn(*rows, 2 * hidden), "weight": torch.randn(width, hidden)}
-    cotangent = torch.randn(*rows, width)
+@pytest.mark.parametrize(("rows", "hidden", "width"), [((1,), 1, 1), ((2, 3, 2), 24, 8)])
+def test_any_leading_dimensions(body, gradients, assert_close, device, rows, hidden, width) -> None:
+    shapes = {"packed": (*rows, 2 * hidden), "weight": (width, hidden)}
+    inputs = {name: torch.randn(shape, device=device) for name, shape in shapes.items()}
+    cotangent = torch.randn(*rows, width, device=device)
     (out,), found = gradients(swiglu_linear, inputs, [cotangent])
     (wanted,), expected = gradients(definition, inputs, [cotangent], dtype=torch.float64)
-    assert_close("out", out, wanted)
+    assert_close("swiglu_linear", "out", out, wanted)
     assert found.keys() == expected.keys()
     for name in found:
-        assert_close(name, found[name], expected[name])
+        assert_close("swiglu_linear", name, found[name], expected[name])
 
 
-def test_only_the_inputs_are_kept() -> None:
-    packed, weight = torch.randn(4, 48, requires_grad=True), torch.randn(8, 24, requires_grad=True)
+def test_only_the_inputs_are_kept(device) -> None:
+    packed, weight = (torch.randn(*shape, device=device, requires_grad=True) for shape in ((4, 48), (8, 24)))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
         swiglu_linear(packed, weight)

@@ -10,12 +10,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from pixelgen_kernels.bodies import choose_body
 from tqdm import tqdm
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast.engine.compare.page import write_page
 from pixelgen_fast.engine.compare.schema import Compare, run_config, run_folder, teacher_folder
 from pixelgen_fast.engine.signals import REQUEUE
+from pixelgen_fast.engine.trainer import resolve_device
 
 JUDGED = "evaluation.json"
 
@@ -27,8 +29,12 @@ class CompareError(RuntimeError):
 def run(compare: Compare) -> Path | None:
     """Run what is missing and write the page; returns its path, or None when a signal stopped a run.
 
-    Raises CompareError for a run that fails; what is finished stays.
+    Raises CompareError for a run that fails; what is finished stays. Raises ValueError, before the first one, for a
+    device that is not there or a body of the operators that cannot run on it.
     """
+    for variant in compare.variants:
+        device, _ = resolve_device(run_config(compare, variant, compare.seeds[0]))
+        choose_body(device.type)
     if compare.teacher and not (teacher_folder(compare) / "teacher").exists():
         arguments = ["teacher", compare.teacher, f"run.dir={teacher_folder(compare)}"]
         if not _command(arguments, Path(compare.dir) / "teacher.log"):

@@ -6,18 +6,22 @@
 Limits: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability" (9.0), and the occupancy
 calculator of the CUDA toolkit for the allocation units. The two ceilings, 798 TFLOP/s of dense bf16 and 3.0 TB/s, are
 what well-tuned kernels have been seen to reach on an H100 SXM, not the 989 TFLOP/s and 3.35 TB/s of its data sheet.
+`with_ceilings` takes measured ones instead.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 
 @dataclass(frozen=True)
 class Device:
-    """Limits per SM unless named otherwise. Memory in bytes, rates per second."""
+    """Limits per SM unless named otherwise. Memory in bytes, rates per second. ceilings: where the two come from."""
 
     name: str
+    ceilings: str
     sms: int
     clock: float
     issue_per_clock: int
@@ -37,6 +41,7 @@ class Device:
 
 H100 = Device(
     name="H100 SXM",
+    ceilings="seen elsewhere",
     sms=132,
     clock=1.755e9,
     issue_per_clock=4,
@@ -86,6 +91,25 @@ def occupancy(device: Device, registers: int, shared: int, num_warps: int) -> Oc
         limits["registers"], limits["shared memory"], limits["warps"],
         blocks, blocks * num_warps / device.warps, binding,
     )  # fmt: skip
+
+
+def with_ceilings(device: Device, path: Path) -> Device:
+    """The device with ceilings that were measured: JSON with tflop_per_s, tb_per_s and, for the reader, gpu.
+
+    Raises ValueError, naming the file, when it is not there, is no such JSON or holds what is no rate.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no readable JSON file of ceilings ({error})") from error
+    values = [content.get(key) if isinstance(content, dict) else None for key in ("tflop_per_s", "tb_per_s")]
+    if not all(type(x) in (int, float) and 0 < x < float("inf") for x in values):
+        raise ValueError(
+            f"{path}: ceilings need tflop_per_s and tb_per_s, numbers above 0, got {values[0]!r} and {values[1]!r}; "
+            "python benchmarks/gpu_day.py measures them on a GPU"
+        )
+    where = f"measured on {content.get('gpu', 'a GPU that it does not name')}, {path.name}"
+    return replace(device, tensor_rate=values[0] * 1e12, bandwidth=values[1] * 1e12, ceilings=where)
 
 
 def _round_up(value: int, unit: int) -> int:

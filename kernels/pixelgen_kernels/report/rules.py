@@ -1,7 +1,8 @@
 """The rules that a shipped configuration must keep, and the baseline that its modelled time is held against.
 
-A rule that is broken is one line that names operator, model, launch, the rule and the number. The baseline is a JSON
-file of modelled microseconds by "model/operator/launch"; `--update-baseline` writes it, a commit accepts it.
+A rule that is broken is one line that names model, case, launch, the rule and the number. The baseline is a JSON file
+of modelled microseconds by "model/case/launch" and by limit, so that times at other ceilings can be told from it;
+`--update-baseline` writes it, a commit accepts it.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pixelgen_kernels.aot import Compiled
-from pixelgen_kernels.device import SHARED_PER_BLOCK
-from pixelgen_kernels.launch import Launch
-from pixelgen_kernels.roofline import Estimate
+from pixelgen_kernels.report.compile import Compiled
+from pixelgen_kernels.report.gpu import SHARED_PER_BLOCK
+from pixelgen_kernels.report.listing import Listed
+from pixelgen_kernels.report.roofline import LIMITS, Estimate
 
 GROWTH = 1.10
 WIDE_SHARE = 0.90  # of the bytes of a kernel: per-row statistics and partial sums may be narrower than its streams
@@ -22,21 +23,15 @@ ACCOUNTED = 0.95  # instructions must account for this share of the declared byt
 
 
 @dataclass(frozen=True)
-class Row:
-    """One launch of one operator at one model size with one configuration; estimate is None unless for sm_90."""
+class Row(Listed):
+    """A listed launch, compiled and modelled; estimate is None unless for sm_90."""
 
-    operator: str
-    model: str
-    config: str
-    shipped: bool
-    launch: Launch
     compiled: Compiled
     estimate: Estimate | None
     arch: int = 90
 
-    @property
-    def key(self) -> str:
-        return f"{self.model}/{self.operator}/{self.launch.name}"
+
+Baseline = Mapping[str, Mapping[str, float]]
 
 
 def broken_rules(row: Row) -> list[str]:
@@ -84,43 +79,48 @@ def broken_rules(row: Row) -> list[str]:
     return rules
 
 
-def broken_times(rows: Iterable[Row], baseline: Mapping[str, float], whole: bool) -> list[str]:
-    """Rows that grew against the baseline (microseconds by key) or are missing there; whole: also the reverse."""
+def broken_times(rows: Iterable[Row], baseline: Baseline, whole: bool) -> list[str]:
+    """Rows that grew against the baseline or are missing there; whole: also the reverse."""
     broken, seen = [], set()
     for row in rows:
         if row.estimate is None:
             continue
         seen.add(row.key)
-        now, then = row.estimate.time * 1e6, baseline.get(row.key)
-        if then is None:
+        if row.key not in baseline:
             broken.append(f"{row.key}: has no row in the baseline; accept it with --update-baseline")
-        elif now > GROWTH * then:
+            continue
+        now, then = row.estimate.time * 1e6, max(baseline[row.key].values())
+        if now > GROWTH * then:
             broken.append(f"{row.key}: modelled time grew from {then:.1f} to {now:.1f} us ({now / then - 1:+.0%})")
     if whole:
         broken += [f"{key}: is in the baseline but no longer exists" for key in sorted(set(baseline) - seen)]
     return broken
 
 
-def gate(rows: Iterable[Row], baseline: Mapping[str, float], whole: bool) -> list[str]:
+def gate(rows: Iterable[Row], baseline: Baseline, whole: bool) -> list[str]:
     """Every broken rule of the shipped rows; an empty list passes."""
     shipped = [row for row in rows if row.shipped]
     broken = [f"{row.key}: {rule}" for row in shipped for rule in broken_rules(row)]
     return broken + broken_times(shipped, baseline, whole)
 
 
-def read_baseline(path: Path) -> dict[str, float]:
-    """Modelled microseconds by key. Raises ValueError when there is no such file or it is not a baseline."""
+def read_baseline(path: Path) -> Baseline:
+    """Modelled microseconds by key and limit. Raises ValueError when there is no such file or it is not a baseline."""
     if not path.exists():
         raise ValueError(f"no baseline at {path}; write one with --update-baseline or name one with --baseline")
-    content = json.loads(path.read_text())
-    if "microseconds" not in content:
-        raise ValueError(f"{path} is not a baseline of this report: it has no 'microseconds'")
-    return content["microseconds"]
+    times = json.loads(path.read_text()).get("microseconds")
+    if not isinstance(times, dict) or not all(isinstance(x, dict) and x.keys() == set(LIMITS) for x in times.values()):
+        raise ValueError(f"{path} is not a baseline of this report: it has no 'microseconds' by {', '.join(LIMITS)}")
+    return times
 
 
-def write_baseline(path: Path, rows: Iterable[Row], keep: Mapping[str, float], about: Mapping[str, str]) -> None:
+def write_baseline(path: Path, rows: Iterable[Row], keep: Baseline, about: Mapping[str, str]) -> None:
     """Write the modelled times of the shipped rows over those in `keep`. about: versions, for the reader."""
-    times = {row.key: round(row.estimate.time * 1e6, 3) for row in rows if row.shipped and row.estimate}
+    times = dict(keep)
+    for row in rows:
+        if row.shipped and row.estimate:
+            times[row.key] = {name: round(1e6 * seconds, 3) for name, seconds in row.estimate.limits.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    content = {**about, "microseconds": dict(sorted({**keep, **times}.items()))}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    head = [f" {json.dumps(key)}: {json.dumps(value)}," for key, value in about.items()]
+    lines = [f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(times.items())]
+    path.write_text("\n".join(["{", *head, ' "microseconds": {', ",\n".join(lines), " }", "}"]) + "\n")

@@ -8,16 +8,18 @@
 
 Left out: latency, too few bytes in flight, bank conflicts, cache misses beyond the first touch, the half rate of
 integer and conversion instructions, launch overhead. Read a time as +-30 % and compare configurations of one kernel
-with it; the ranking is more reliable than the number. Rates and limits are in device.py.
+with it; the ranking is more reliable than the number. Rates and limits are in gpu.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pixelgen_kernels.aot import Compiled
-from pixelgen_kernels.device import Device, Occupancy, occupancy
 from pixelgen_kernels.launch import Launch
+from pixelgen_kernels.report.compile import Compiled
+from pixelgen_kernels.report.gpu import Device, Occupancy, occupancy
+
+LIMITS = ("tensor", "memory", "issue", "special")
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,18 @@ class Estimate:
     occupancy: Occupancy
 
     @property
+    def limits(self) -> dict[str, float]:
+        """The time by each of LIMITS."""
+        return {name: getattr(self, name) for name in LIMITS}
+
+    @property
     def time(self) -> float:
-        return max(self.tensor, self.memory, self.issue, self.special)
+        return max(self.limits.values())
 
     @property
     def limit(self) -> str:
-        """The limit that binds: "tensor", "memory", "issue" or "special"."""
-        return max(("tensor", "memory", "issue", "special"), key=lambda name: getattr(self, name))
+        """The limit that binds."""
+        return max(LIMITS, key=self.limits.__getitem__)
 
     @property
     def share(self) -> float:

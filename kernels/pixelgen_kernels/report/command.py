@@ -1,6 +1,6 @@
 """Compile every kernel for a GPU that is not there, say what it costs, and fail when it costs too much.
 
-    python -m pixelgen_kernels.report [--all] [--gate] [--ops swiglu,pixel_mlp] [--models XL] [--arch 90]
+    python -m pixelgen_kernels.report [--all] [--gate] [--ops swiglu,pixel_mlp] [--models XL] [--ceilings FILE]
 
 One row a launch: registers, stack and local-memory accesses, shared memory, resident warps and what limits them,
 wgmma, the share of bytes moved in 128-bit accesses, special functions and issue slots per pixel or token, FLOP,
@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
@@ -20,45 +20,53 @@ from time import perf_counter
 import torch
 import triton
 
-from pixelgen_kernels import aot
-from pixelgen_kernels.device import H100
-from pixelgen_kernels.gate import Row, broken_rules, gate, read_baseline, write_baseline
-from pixelgen_kernels.launch import MODELS, Launch
+from pixelgen_kernels.launch import Started
 from pixelgen_kernels.registry import OPERATORS, Operator
-from pixelgen_kernels.roofline import estimate
+from pixelgen_kernels.report.compile import ARCHITECTURES, compile_all
+from pixelgen_kernels.report.gpu import H100, Device, with_ceilings
+from pixelgen_kernels.report.listing import listed
+from pixelgen_kernels.report.roofline import estimate
+from pixelgen_kernels.report.rules import Row, broken_rules, gate, read_baseline, write_baseline
+from pixelgen_kernels.shapes import MODELS, ModelShape
 
-BASELINE = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "kernels_baseline.json"
-NOTE = (
-    f"Modelled for {H100.name}, not measured: ceilings {H100.tensor_rate / 1e12:.0f} TFLOP/s, "
-    f"{H100.bandwidth / 1e12:.1f} TB/s, {H100.sms * H100.issue_per_clock} issue slots a clock at "
-    f"{H100.clock / 1e9:.3f} GHz; +-30 %, no latency. 64 images, bf16."
-)
+BASELINE = Path(__file__).resolve().parents[3] / "benchmarks" / "results" / "kernels_baseline.json"
+
+
+def note(device: Device) -> str:
+    """What the times are, for a reader of the table."""
+    return (
+        f"Modelled for {device.name}, not measured: ceilings {device.tensor_rate / 1e12:.0f} TFLOP/s, "
+        f"{device.bandwidth / 1e12:.1f} TB/s ({device.ceilings}), {device.sms * device.issue_per_clock} issue slots a "
+        f"clock at {device.clock / 1e9:.3f} GHz; +-30 %, no latency. 64 images, bf16."
+    )
 
 
 def rows(
-    operators: Mapping[str, Operator], models: Sequence[str], every: bool, arch: int, jobs: int, verbose: bool = False
+    operators: Mapping[str, Operator],
+    shapes: Iterable[ModelShape],
+    *,
+    every: bool = False,
+    arch: int = 90,
+    jobs: int = 2,
+    device: Device = H100,
+    verbose: bool = False,
 ) -> list[Row]:
-    """Compile and model the launches of operators at the named model sizes. every: all tuning configurations."""
-    planned: list[tuple[str, str, str, bool, Launch]] = []
-    for operator in operators.values():
-        for model in models:
-            for i, config in enumerate(operator.configs if every else operator.configs[:1]):
-                for launch in operator.every_launch(MODELS[model], config):
-                    planned.append((operator.name, model, str(config), i == 0, launch))
+    """Compile and model the launches of operators at model sizes. every: all tuning configurations."""
+    planned = listed(operators, shapes, every, ARCHITECTURES[arch])
 
-    def tell(launch: Launch, seconds: float) -> None:
+    def tell(started: Started, seconds: float) -> None:
         if verbose:
-            print(f"compiled {launch.name} {seconds:.1f} s", file=sys.stderr)
+            print(f"compiled {started.launch.name} {seconds:.1f} s", file=sys.stderr)
 
-    answers = aot.compile_all([p[-1] for p in planned], arch, jobs, tell)
+    answers = compile_all([item.started for item in planned], arch, jobs, tell)
     return [
-        Row(*p, compiled, estimate(p[-1], compiled, H100) if compiled.profile else None, arch)
-        for p, compiled in zip(planned, answers, strict=True)
+        Row(**vars(item), compiled=c, estimate=estimate(item.launch, c, device) if c.profile else None, arch=arch)
+        for item, c in zip(planned, answers, strict=True)
     ]
 
 
 HEAD = (
-    "launch", "model", "regs", "stack", "local", "shared KB", "warps/SM", "limited by", "wgmma", "128-bit",
+    "case: launch", "model", "regs", "stack", "local", "shared KB", "warps/SM", "limited by", "wgmma", "128-bit",
     "MUFU/row", "slots/row", "GFLOP", "MB", "tensor us", "memory us", "issue us", "special us", "time us",
     "bound by", "roofline",
 )  # fmt: skip
@@ -78,7 +86,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def _cells(row: Row) -> list[str]:
     launch, c, e = row.launch, row.compiled, row.estimate
-    name = launch.name if row.shipped else f"{launch.name} {row.config}"
+    name = f"{row.case}: {launch.name}" + ("" if row.shipped else f" {row.config}")
     if c.error:
         return [name, row.model, "does not compile", *[""] * 18]
     start = [name, row.model, str(c.registers), str(c.stack)]
@@ -102,32 +110,41 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, object]]:
         model = None
         if e := row.estimate:
             model = asdict(e) | {"time": e.time, "limit": e.limit, "share": e.share}
-        entry = {"operator": row.operator, "model": row.model, "config": row.config, "shipped": row.shipped}
+        entry = {k: getattr(row, k) for k in ("operator", "model", "case", "config", "shipped", "key")}
         entry |= {"launch": launch, "compiled": asdict(row.compiled), "modelled": model}
         out.append(entry | {"broken": broken_rules(row)})
     return out
 
 
-def main(argv: Sequence[str] | None = None, operators: Mapping[str, Operator] = OPERATORS) -> int:
+def main(
+    argv: Sequence[str] | None = None,
+    operators: Mapping[str, Operator] = OPERATORS,
+    models: Mapping[str, ModelShape] = MODELS,
+) -> int:
     """Run the command line; 0 when all is well, 1 when the gate found a broken rule."""
-    known = {name: op for name, op in operators.items() if op.configs}
-    args = _parser(known).parse_args(argv)
+    args = _parser(operators, models).parse_args(argv)
     start = perf_counter()
-    chosen = {name: op for name, op in known.items() if name in args.ops}
-    found = rows(chosen, args.models, args.all, args.arch, args.jobs, args.verbose)
+    device = H100 if args.ceilings is None else with_ceilings(H100, args.ceilings)
+    if args.ceilings is not None and (args.gate or args.update_baseline):
+        raise ValueError("--ceilings changes the times, which --gate and --update-baseline keep at the report's own")
+    chosen = {name: op for name, op in operators.items() if name in args.ops}
+    found = rows(
+        chosen, [models[name] for name in args.models], every=args.all, arch=args.arch, jobs=args.jobs,
+        device=device, verbose=args.verbose,
+    )  # fmt: skip
     seconds = perf_counter() - start
-    title = f"Kernels for sm_{args.arch} ({aot.ARCHITECTURES[args.arch]}), Triton {triton.__version__}"
-    note = NOTE if args.arch == 90 else "Compiled to see that it compiles and fits; times are modelled for sm_90 only."
-    text = f"{title}\n\n{note}\n\n{table(found)}\n"
+    title = f"Kernels for sm_{args.arch} ({ARCHITECTURES[args.arch]}), Triton {triton.__version__}"
+    about = note(device) if args.arch == 90 else "Compiled to see that all compiles and fits; times are those of sm_90."
+    text = f"{title}\n\n{about}\n\n{table(found)}\n"
     print(text)
     print(f"{len(found)} launches in {seconds:.1f} s", file=sys.stderr)
     if args.markdown:
         args.markdown.write_text(f"# {text}")
     if args.json:
-        about = {"arch": args.arch, "device": H100.name, "triton": triton.__version__, "torch": torch.__version__}
-        args.json.write_text(json.dumps(about | {"note": NOTE, "rows": as_json(found)}, indent=1) + "\n")
+        versions = {"arch": args.arch, "device": H100.name, "triton": triton.__version__, "torch": torch.__version__}
+        args.json.write_text(json.dumps(versions | {"note": about, "rows": as_json(found)}, indent=1) + "\n")
 
-    whole = set(chosen) == set(known) and set(args.models) == set(MODELS)
+    whole = set(chosen) == set(operators) and set(args.models) == set(models)
     if args.update_baseline:
         keep = read_baseline(args.baseline) if args.baseline.exists() and not whole else {}
         write_baseline(args.baseline, found, keep, {"device": H100.name, "triton": triton.__version__})
@@ -141,7 +158,7 @@ def main(argv: Sequence[str] | None = None, operators: Mapping[str, Operator] = 
     return 1 if broken else 0
 
 
-def _parser(operators: Mapping[str, Operator]) -> argparse.ArgumentParser:
+def _parser(operators: Mapping[str, Operator], models: Mapping[str, ModelShape]) -> argparse.ArgumentParser:
     def names(allowed: Sequence[str]):
         def split(text: str) -> list[str]:
             given = text.split(",")
@@ -155,19 +172,13 @@ def _parser(operators: Mapping[str, Operator]) -> argparse.ArgumentParser:
     parser.add_argument("--all", action="store_true", help="every tuning configuration, not the shipped ones only")
     parser.add_argument("--gate", action="store_true", help="exit with 1 when a shipped configuration breaks a rule")
     parser.add_argument("--ops", type=names(list(operators)), default=list(operators), help="operators, by comma")
-    parser.add_argument("--models", type=names(list(MODELS)), default=list(MODELS), help="B,L,XL")
-    parser.add_argument("--arch", type=int, choices=sorted(aot.ARCHITECTURES), default=90, help="80, 90 or 100")
+    parser.add_argument("--models", type=names(list(models)), default=list(models), help="models, by comma")
+    parser.add_argument("--arch", type=int, choices=sorted(ARCHITECTURES), default=90, help="80, 90 or 100")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile")
+    parser.add_argument("--ceilings", type=Path, metavar="FILE", help="measured ones: tflop_per_s, tb_per_s (JSON)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--markdown", type=Path, metavar="FILE")
     parser.add_argument("--baseline", type=Path, default=BASELINE, metavar="FILE", help="modelled times to hold")
     parser.add_argument("--update-baseline", action="store_true", help="accept the modelled times of this run")
     parser.add_argument("--verbose", action="store_true", help="name each kernel as it is compiled")
     return parser
-
-
-if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, aot.ToolError) as error:
-        sys.exit(f"error: {error}")

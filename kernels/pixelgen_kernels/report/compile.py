@@ -1,9 +1,9 @@
 """Compile a launch for a GPU that is not there, and remember the answer.
 
-    Launch + architecture -> Triton -> cubin -> cuobjdump (registers, stack) and nvdisasm (instructions) -> Compiled
+    Started + architecture -> Triton -> cubin -> cuobjdump (registers, stack) and nvdisasm (instructions) -> Compiled
 
-An answer is stored under the hash of everything it depends on: the kernel's source with all that it calls, signature,
-constants, options, architecture, Triton's version and this analysis itself. The store is $PIXELGEN_CACHE, or
+An answer is stored under the hash of everything it depends on: the kernel's source with all that it calls, the launch's
+key, architecture, Triton's version and this analysis itself. The store is $PIXELGEN_CACHE, or
 ~/.cache/pixelgen_kernels. Compilation runs in processes of its own, because a compile holds the interpreter's lock.
 """
 
@@ -28,8 +28,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from pixelgen_kernels import sass
-from pixelgen_kernels.launch import Launch
+from pixelgen_kernels.launch import Started
+from pixelgen_kernels.report import sass
 
 ARCHITECTURES = {80: "A100", 90: "H100", 100: "B200"}
 
@@ -54,7 +54,7 @@ class Compiled:
 
 
 def compile_all(
-    launches: Sequence[Launch], arch: int = 90, jobs: int = 2, done: Callable[[Launch, float], None] | None = None
+    launches: Sequence[Started], arch: int = 90, jobs: int = 2, done: Callable[[Started, float], None] | None = None
 ) -> list[Compiled]:
     """Compile launches for `arch` (80, 90 or 100), in their order, taking from the store what it has.
 
@@ -63,17 +63,17 @@ def compile_all(
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"architecture {arch} is not one of {sorted(ARCHITECTURES)}")
-    for launch in launches:
-        if not isinstance(launch.kernel, JITFunction):
+    for started in launches:
+        if not isinstance(started.launch.kernel, JITFunction):
             raise ValueError(
-                f"{launch.name}: {type(launch.kernel).__name__} cannot be compiled ahead of time; "
+                f"{started.launch.name}: {type(started.launch.kernel).__name__} cannot be compiled ahead of time; "
                 "the report needs triton.jit functions and a process without TRITON_INTERPRET=1"
             )
     for name in ("cuobjdump", "nvdisasm"):
         tool(name)
-    keys = [key(launch, arch) for launch in launches]
+    keys = [key(started, arch) for started in launches]
     answers = {k: _load(k) for k in keys if _path(k).exists()}
-    missing = {k: launch for k, launch in zip(keys, launches, strict=True) if k not in answers}
+    missing = {k: started for k, started in zip(keys, launches, strict=True) if k not in answers}
     for k, answer, seconds in _compile_here(missing, arch) if jobs == 0 else _compile_apart(missing, arch, jobs):
         answers[k] = answer
         if not answer.error:
@@ -83,15 +83,13 @@ def compile_all(
     return [answers[k] for k in keys]
 
 
-def compile_one(launch: Launch, arch: int) -> Compiled:
+def compile_one(started: Started, arch: int) -> Compiled:
     """Compile in this process, past the store. A kernel that the compiler refuses gives Compiled(error=...)."""
-    kernel = launch.kernel
-    signature = {n: "constexpr" if n in launch.constexprs else launch.signature.get(n) for n in kernel.arg_names}
-    if absent := [n for n, kind in signature.items() if kind is None]:
-        raise ValueError(f"{launch.name}: arguments {absent} are neither in the signature nor among the constexprs")
-    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if _aligned(launch, n)}
+    launch, kernel = started.launch, started.launch.kernel
+    signature = {n: "constexpr" if n in started.constants else started.signature[n] for n in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(kernel.arg_names) if n in started.aligned}
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **launch.options}
-    source = ASTSource(kernel, signature, launch.constexprs, aligned)
+    source = ASTSource(kernel, signature, started.constants, aligned)
     try:
         binary = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # any stage of the compiler may raise its own type; the report shows it and goes on
@@ -108,13 +106,10 @@ def compile_one(launch: Launch, arch: int) -> Compiled:
     return Compiled(int(found[1]), int(found[2]), binary.metadata.shared, profile)
 
 
-def key(launch: Launch, arch: int) -> str:
+def key(started: Started, arch: int) -> str:
     """Hash of all that the compiled kernel and its analysis depend on."""
-    parts = [
-        triton.__version__, arch, launch.kernel.cache_key, sorted(launch.signature.items()),
-        sorted((n, repr(v)) for n, v in launch.constexprs.items()), launch.num_warps, launch.num_stages,
-        sorted(launch.options.items()), launch.divisible, launch.unaligned, launch.loops, _analysis(),
-    ]  # fmt: skip
+    launch = started.launch
+    parts = [triton.__version__, arch, launch.kernel.cache_key, started.key, launch.loops, _analysis()]
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
@@ -139,14 +134,9 @@ def run_tool(name: str, *arguments: str) -> str:
     return result.stdout
 
 
-def _aligned(launch: Launch, name: str) -> bool:
-    kind = launch.signature.get(name, "")
-    return name in launch.divisible or (kind.startswith("*") and name not in launch.unaligned)
-
-
 def _analysis() -> str:
     folder = Path(__file__).parent
-    return hashlib.sha256((folder / "aot.py").read_bytes() + (folder / "sass.py").read_bytes()).hexdigest()
+    return hashlib.sha256((folder / "compile.py").read_bytes() + (folder / "sass.py").read_bytes()).hexdigest()
 
 
 def _path(k: str) -> Path:
@@ -169,30 +159,31 @@ def _load(k: str) -> Compiled:
     return Compiled(profile=profile, **fields)
 
 
-def _portable(launch: Launch) -> Launch:
+def _portable(started: Started) -> Started:
     """The launch with its kernel named instead of held: a triton.jit function does not pickle."""
-    return replace(launch, kernel=(launch.kernel.fn.__module__, launch.kernel.fn.__qualname__))
+    function = started.launch.kernel.fn
+    return replace(started, launch=replace(started.launch, kernel=(function.__module__, function.__qualname__)))
 
 
-def _compile_here(missing: dict[str, Launch], arch: int) -> Iterator[tuple[str, Compiled, float]]:
-    for k, launch in missing.items():
+def _compile_here(missing: dict[str, Started], arch: int) -> Iterator[tuple[str, Compiled, float]]:
+    for k, started in missing.items():
         start = perf_counter()
-        yield k, compile_one(launch, arch), perf_counter() - start
+        yield k, compile_one(started, arch), perf_counter() - start
 
 
-def _compile_apart(missing: dict[str, Launch], arch: int, jobs: int) -> Iterator[tuple[str, Compiled, float]]:
+def _compile_apart(missing: dict[str, Started], arch: int, jobs: int) -> Iterator[tuple[str, Compiled, float]]:
     """Compile in processes, in the order in which they finish."""
     if not missing:
         return
     with ProcessPoolExecutor(min(jobs, len(missing)), mp_context=multiprocessing.get_context("spawn")) as pool:
-        running = {pool.submit(_compile_named, _portable(launch), arch): k for k, launch in missing.items()}
+        running = {pool.submit(_compile_named, _portable(started), arch): k for k, started in missing.items()}
         for future in as_completed(running):
             yield running[future], *future.result()
 
 
-def _compile_named(launch: Launch, arch: int) -> tuple[Compiled, float]:
+def _compile_named(started: Started, arch: int) -> tuple[Compiled, float]:
     """Compile a launch whose kernel is named; the answer and the seconds it took."""
-    module, name = launch.kernel
+    module, name = started.launch.kernel
     kernel = getattr(importlib.import_module(module), name)
     start = perf_counter()
-    return compile_one(replace(launch, kernel=kernel), arch), perf_counter() - start
+    return compile_one(replace(started, launch=replace(started.launch, kernel=kernel)), arch), perf_counter() - start
