@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast.engine import generator
+from pixelgen_fast.engine.graph import capture, check_graph
 from pixelgen_fast.engine.metrics import forward_flops
 from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.engine.optimizer import AdamWEMA, run_optimizer
@@ -57,6 +58,7 @@ class Training:
                 self.flops = 3 * batch * forward_flops(generator.build_model(config, classes), size)
             wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=config.train.compile_blocks)
             self.module = FlowMatching(model, config.objective, config.run.seed, classes)
+            check_graph(config, self.device, 1, 1, self.module)
             optimizer = run_optimizer(config.optimizer, model, None)
             if zero is None:
                 self.engine_name, self.engine = "plain", PlainEngine(self.module, optimizer, precision)
@@ -66,6 +68,8 @@ class Training:
                 self.engine = zero.ZeroEngine(
                     self.module, optimizer, stage=config.train.zero_stage, micro_batch=batch, dtype=precision
                 )
+            if config.train.cuda_graph:
+                capture(self.module, batch, size, self.device)
         random_numbers = torch.Generator(self.device).manual_seed(1)
         self.images = torch.randint(
             0, 256, (batch, size, size, 3), dtype=torch.uint8, device=self.device, generator=random_numbers

@@ -121,6 +121,8 @@ class Train:
     # what backward computes again instead of keeping it: nothing, all but matrix products and attention, whole blocks
     recompute: Literal["none", "operators", "blocks"] = "none"
     compile_blocks: bool = False
+    # forward and backward of a step as CUDA graphs, on one GPU: for models so small that it waits for the host
+    cuda_graph: bool = False
     # a run stops after this many steps in a row whose loss or gradient is not finite
     max_bad_steps: int = 10
 

@@ -25,6 +25,7 @@ from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.data.roots import open_root
 from pixelgen_fast.engine import checkpoint, generator, zero
 from pixelgen_fast.engine.alignment import build_alignment
+from pixelgen_fast.engine.graph import capture, check_graph
 from pixelgen_fast.engine.memory import keep_freed_memory
 from pixelgen_fast.engine.metrics import Metrics, device_peak, forward_flops, memory_used
 from pixelgen_fast.engine.objective import FlowMatching
@@ -88,6 +89,7 @@ class Trainer:
         wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=config.train.compile_blocks)
         alignment = build_alignment(config, model, index, self.device)
         module = FlowMatching(model, config.objective, config.run.seed, len(self.classes), alignment)
+        check_graph(config, self.device, self.world, self.accumulation, module)
         optimizer = run_optimizer(config.optimizer, model, alignment)
         self.engine = zero.ZeroEngine(
             module,
@@ -101,6 +103,8 @@ class Trainer:
         self.nimg, self.saved, self.seconds = 0, -1, 0.0
         self._resume()
         self._check_disk()
+        if config.train.cuda_graph:
+            capture(module, config.train.micro_batch, config.data.image_size, self.device)
         if self.rank == 0:
             generator.keep_dino(self.folder, self.built)
             self._describe_run(index, precision)
