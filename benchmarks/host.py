@@ -103,7 +103,7 @@ class Step:
     """Forward and backward of a model of one named shape's depth, and nothing else of it."""
 
     def __init__(self, shape: ModelShape) -> None:
-        config = pixeldit.Config(
+        config = pixeldit.Settings(
             hidden_size=WIDTH, num_heads=HEADS, patch_depth=shape.depth, pixel_depth=shape.pixel_depth, patch_size=PATCH
         )
         side = int(TOKENS**0.5) * PATCH

@@ -22,10 +22,12 @@ from machine import RESULTS, append, machine
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from pixelgen_fast.config import Data
 from pixelgen_fast.data.crop import centre_crop
 from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.data.encoded import decode
-from pixelgen_fast.data.index import ImageIndex, open_index, position
+from pixelgen_fast.data.index import ImageIndex, open_index
+from pixelgen_fast.data.order import Order, position
 from pixelgen_fast.data.tools import pack
 
 
@@ -59,10 +61,11 @@ def write_jpegs(root: Path, count: int, height: int, width: int, quality: int) -
 
 def providers(args: argparse.Namespace, index: ImageIndex, packed: ImageIndex) -> dict[str, Iterator]:
     """Name -> function that starts an endless iterator of batches."""
-    shape = {"seed": 0, "size": args.size, "global_batch": args.batch, "micro_batch": args.batch, "device": args.device}
+    order = Order(seed=0, global_batch=args.batch, micro_batch=args.batch)
 
     def ours(source: ImageIndex, workers: int):
-        return lambda: Loader(source, **shape, workers=workers, threads=args.threads)
+        settings = Data(image_size=args.size, workers=workers, threads=args.threads)
+        return lambda: Loader(source, order, settings, args.device)
 
     def pil():
         images = PilImages(index, args.size, 10**9)

@@ -20,7 +20,8 @@ from pixelgen_kernels.bodies import forced
 from tqdm import tqdm
 
 from pixelgen_fast import config as cfg
-from pixelgen_fast.engine.generator import Generator, build_model, model_schema
+from pixelgen_fast.models import build_model, model_schema
+from pixelgen_fast.runs.draw import Generator
 
 
 def fresh_generator(config: cfg.Config, device: str) -> Generator:

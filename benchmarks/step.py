@@ -39,7 +39,7 @@ WARM_UP, PROFILED, CLASSES = 3, 3, 10
 def _case(
     batch: int, image: int, patch: int, channels: int, heads: int, width: int, depth: int, pixels: int
 ) -> cfg.Config:
-    model = pixeldit.Config(
+    model = pixeldit.Settings(
         hidden_size=width, num_heads=heads, patch_depth=depth, patch_size=patch, pixel_hidden_size=channels,
         pixel_depth=pixels,
     )  # fmt: skip

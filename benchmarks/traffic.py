@@ -48,8 +48,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from pixelgen_fast.layers import Noising
 from pixelgen_fast.models import pixeldit
-from pixelgen_fast.models.layers import Noising
 
 BODIES = ("reference", "fused_norms", "triton", "recompute")
 ALLOCATIONS = {"empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
@@ -258,7 +258,7 @@ def saved_bytes(parameters: set[int]) -> Iterator[dict[int, tuple[Tensor, int]]]
 
 def build(shape: ModelShape, body: str) -> pixeldit.PixelDiT:
     """PixelDiT of a shape on the meta device for one of BODIES: bf16 weights and streams, float32 tables."""
-    config = pixeldit.Config(
+    config = pixeldit.Settings(
         hidden_size=shape.width,
         num_heads=shape.heads,
         patch_depth=shape.depth,

@@ -20,12 +20,14 @@ from pixelgen_kernels.bodies import Body, forced
 from torch import Tensor, nn
 
 from pixelgen_fast import config as cfg
-from pixelgen_fast.engine import generator
+from pixelgen_fast import models
+from pixelgen_fast.data import Batch
 from pixelgen_fast.engine.graph import capture, check_graph
 from pixelgen_fast.engine.metrics import forward_flops
 from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.engine.optimizer import AdamWEMA, run_optimizer
 from pixelgen_fast.engine.parallel import wrap_blocks
+from pixelgen_fast.engine.step import training_step
 
 try:
     from pixelgen_fast.engine import zero
@@ -40,7 +42,7 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 def load_config(name: str, images: int, *overrides: str) -> cfg.Config:
     """A configuration of configs/ by its name, for steps of one micro-batch of so many images."""
     batch = (f"train.global_batch={images}", f"train.micro_batch={images}")
-    return cfg.load(CONFIGS / f"{name}.yaml", [*batch, *overrides], generator.model_schema)
+    return cfg.load(CONFIGS / f"{name}.yaml", [*batch, *overrides], models.model_schema)
 
 
 class Training:
@@ -52,10 +54,10 @@ class Training:
         precision = "bf16" if device == "cuda" else "fp32"
         with forced(body):
             with self.device:
-                model = generator.build_model(config, classes)
+                model = models.build_model(config, classes)
             self.fill_zeros(model)
             with torch.device("meta"):
-                self.flops = 3 * batch * forward_flops(generator.build_model(config, classes), size)
+                self.flops = 3 * batch * forward_flops(models.build_model(config, classes), size)
             wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=config.train.compile_blocks)
             self.module = FlowMatching(model, config.objective, config.run.seed, classes)
             check_graph(config, self.device, 1, 1, self.module)
@@ -88,10 +90,9 @@ class Training:
 
     def step(self) -> None:
         with forced(self.body):
-            self.loss = self.engine(self.images, self.labels, self.numbers)
-            finite = torch.isfinite(self.loss.detach())
-            self.engine.backward(self.loss * torch.where(finite, 1.0, torch.nan))
-            self.engine.step()
+            batch = Batch(self.images, self.labels, self.numbers)
+            finite, loss, *_ = training_step(self.engine, self.module, [batch], [0])
+            self.loss = torch.where(finite > 0, loss, torch.nan)
 
     @contextmanager
     def gradient_norms(self) -> Iterator[dict[str, Tensor]]:

@@ -7,6 +7,7 @@ in images everywhere (`*_images`); steps appear in logs only. `model` is checked
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
@@ -15,9 +16,19 @@ from typing import Any, Literal, get_type_hints
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-
-class ConfigError(ValueError):
-    """The configuration is not valid; the message names the key, its value and the fix."""
+from pixelgen_fast.settings import (
+    ConfigError,
+    Crop,
+    Device,
+    Prediction,
+    Recompute,
+    Solver,
+    TimeKind,
+    above,
+    at_least,
+    check_ranges,
+    within,
+)
 
 
 @dataclass
@@ -25,7 +36,7 @@ class Run:
     # where checkpoints, metrics and pictures go; the same folder again resumes
     dir: str = "runs/run"
     seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Device = "auto"
     # a run folder or checkpoint to resume from instead of run.dir; one that holds nothing is an error
     resume: str | None = None
     # weights to start a new run from: safetensors written by `pixelgen export` or `pixelgen import`
@@ -36,35 +47,37 @@ class Run:
 class Data:
     # a class-per-folder tree, a tar or folder of tars, a folder written by `pixelgen data pack`, or "digits"
     root: str = "digits"
-    image_size: int = 256
+    image_size: int = above(0, default=256)
     # None: the number of classes that root has
-    num_classes: int | None = None
+    num_classes: int | None = at_least(1, default=None)
     flip: bool = False
     # adm: halve, bicubic, centre crop as published for ImageNet; none: images have the right size already
-    crop: Literal["adm", "none"] = "adm"
+    crop: Crop = "adm"
     # reader processes and decoder threads of each rank; 0 workers: read in the training process
-    workers: int = 2
-    threads: int = 2
-    prefetch: int = 2
-    hw_decoder_load: float = 0.65
+    workers: int = at_least(0, default=2)
+    threads: int = above(0, default=2)
+    prefetch: int = above(0, default=2)
+    # share of a batch that the JPEG engines of a GPU decode
+    hw_decoder_load: float = within(0, 1, default=0.65)
 
 
 @dataclass
 class Objective:
-    predict: Literal["v", "x", "e"] = "v"
-    loss: Literal["v", "x", "e"] = "v"
-    time: Literal["logit_normal", "uniform"] = "logit_normal"
+    predict: Prediction = "v"
+    loss: Prediction = "v"
+    time: TimeKind = "logit_normal"
     time_mean: float = 0.0
-    time_std: float = 1.0
+    time_std: float = above(0, default=1.0)
     # t / (t + (1 - t) shift): above 1 spends more of the training near the noise
-    time_shift: float = 1.0
-    noise_scale: float = 1.0
-    class_drop: float = 0.1
+    time_shift: float = above(0, default=1.0)
+    noise_scale: float = above(0, default=1.0)
+    # how often a label is dropped, for guidance
+    class_drop: float = within(0, 1, open_high=True, default=0.1)
     # smallest 1 - t (or t) that a conversion between predictions divides by
-    t_eps: float = 0.05
+    t_eps: float = within(0, 1, open_low=True, open_high=True, default=0.05)
     # DeCo's loss on block frequencies of the velocity, added with this weight; its JPEG quality, 1 to 100
-    frequency_weight: float = 0.0
-    frequency_quality: int = 85
+    frequency_weight: float = at_least(0, default=0.0)
+    frequency_quality: int = within(1, 100, default=85)
 
 
 @dataclass
@@ -76,12 +89,12 @@ class Alignment:
     # a file in timm's or Meta's names, a folder that holds a teacher, or "random"; null: from the hub
     weights: str | None = None
     # the patch block, counted from 1, after which the generator's tokens are read; 0: a DINO student's own tokens
-    layer: int = 8
-    weight: float = 0.5
+    layer: int = at_least(0, default=8)
+    weight: float = above(0, default=0.5)
     # none: the tokens themselves follow the teacher's, which must be as wide
     projector: Literal["mlp", "none"] = "mlp"
     # null: as wide as the generator
-    projector_hidden: int | None = None
+    projector_hidden: int | None = above(0, default=None)
     compile: bool = False
     # a folder to keep the teacher's features in, for data sets whose features fit on the disk
     cache: str | None = None
@@ -95,65 +108,72 @@ class Drop:
 
 @dataclass
 class Optimizer:
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: float = above(0, default=1e-4)
+    betas: tuple[float, float] = within(0, 1, open_high=True, default=(0.9, 0.999))
+    eps: float = above(0, default=1e-8)
+    weight_decay: float = at_least(0, default=0.0)
     # largest global gradient norm; None: no clipping
-    clip: float | None = 1.0
+    clip: float | None = above(0, default=1.0)
+    # decays of the averages that are kept, between 0 and 1; the first is the one that is drawn, judged and exported
     ema: list[float] = field(default_factory=lambda: [0.9999])
     # min(decay, (1 + s) / (10 + s)) after s steps, for short runs
     ema_warmup: bool = False
-    warmup_images: int = 0
+    warmup_images: int = at_least(0, default=0)
     schedule: Literal["constant", "cosine", "stepped"] = "constant"
     drops: list[Drop] = field(default_factory=list)
 
 
 @dataclass
 class Train:
-    images: int = 48_000_000
+    images: int = above(0, default=48_000_000)
     # images of one optimizer step over all ranks, and of one forward pass on one rank
-    global_batch: int = 256
-    micro_batch: int = 64
+    global_batch: int = above(0, default=256)
+    micro_batch: int = above(0, default=64)
     zero_stage: Literal[1, 2, 3] = 1
     # auto: bf16 on a GPU, fp32 on a CPU
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     # what backward computes again instead of keeping it: nothing, all but matrix products and attention, whole blocks
-    recompute: Literal["none", "operators", "blocks"] = "none"
+    recompute: Recompute = "none"
     compile_blocks: bool = False
     # forward and backward of a step as CUDA graphs, on one GPU: for models so small that it waits for the host
     cuda_graph: bool = False
     # a run stops after this many steps in a row whose loss or gradient is not finite
-    max_bad_steps: int = 10
+    max_bad_steps: int = above(0, default=10)
 
 
 @dataclass
 class Save:
-    every_images: int = 1_280_000
-    keep: int = 2
+    every_images: int = above(0, default=1_280_000)
+    keep: int = above(0, default=2)
 
 
 @dataclass
 class Log:
-    every_images: int = 12_800
+    every_images: int = above(0, default=12_800)
     tensorboard: bool = True
     wandb_project: str | None = None
 
 
 @dataclass
-class Sample:
-    steps: int = 100
-    solver: Literal["euler", "heun", "adams2"] = "adams2"
+class Sampling:
+    """How an image is drawn; a command's options replace these settings of a run."""
+
+    steps: int = above(0, default=100)
+    solver: Solver = "adams2"
     guidance: float = 1.0
     # guidance acts where interval[0] < t < interval[1]; None: everywhere
     interval: tuple[float, float] | None = None
-    shift: float = 1.0
+    shift: float = above(0, default=1.0)
     seed: int = 0
-    batch: int = 64
+    batch: int = above(0, default=64)
+
+
+@dataclass
+class Sample(Sampling):
     # the sample grid on fixed noise: how often (0: never) and how many images for each of how many classes
-    grid_every_images: int = 1_280_000
-    grid_classes: int = 10
-    grid_per_class: int = 8
+    grid_every_images: int = at_least(0, default=1_280_000)
+    grid_classes: int = above(0, default=10)
+    grid_per_class: int = above(0, default=8)
 
 
 @dataclass
@@ -218,21 +238,30 @@ def from_layers(layers: list[tuple[str, Any]], model_schema: Callable[[str], typ
         model_class = model_schema(str(system))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    merged = OmegaConf.structured(Config)
-    merged.model = OmegaConf.structured(model_class)
-    for origin, values in layers:
-        try:
-            merged = OmegaConf.merge(merged, values)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{origin}: {explain(error, Config, model_class)}") from error
-    config: Config = OmegaConf.to_object(merged)
+    config: Config = merge(Config, layers, model_class)
     validate(config)
     return config
 
 
+def merge(schema: type, layers: list[tuple[str, Any]], model_class: type | None = None) -> Any:
+    """(origin, values) layers over the defaults of a schema, later over earlier. Raises ConfigError that names who.
+
+    model_class: the dataclass of the section `model`, where the schema leaves it open.
+    """
+    merged = OmegaConf.structured(schema)
+    if model_class is not None:
+        merged.model = OmegaConf.structured(model_class)
+    for origin, values in layers:
+        try:
+            merged = OmegaConf.merge(merged, values)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{origin}: {explain(error, schema, model_class)}") from error
+    return OmegaConf.to_object(merged)
+
+
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain types only, as saved in checkpoints."""
-    return OmegaConf.to_container(OmegaConf.create(asdict(config)))
+    """Plain types only, as JSON reads them back from a checkpoint: a tuple is a list."""
+    return json.loads(json.dumps(asdict(config)))
 
 
 def to_yaml(config: Config) -> str:
@@ -241,58 +270,12 @@ def to_yaml(config: Config) -> str:
 
 def validate(config: Config) -> None:
     """Raise ConfigError, naming keys and values, for combinations that cannot work."""
-    d, o, p, t, s = config.data, config.objective, config.optimizer, config.train, config.sample
-    a = config.alignment
-    positive = {
-        "data.image_size": d.image_size,
-        "data.threads": d.threads,
-        "data.prefetch": d.prefetch,
-        "objective.time_std": o.time_std,
-        "objective.time_shift": o.time_shift,
-        "objective.noise_scale": o.noise_scale,
-        "objective.t_eps": o.t_eps,
-        "alignment.weight": a.weight,
-        "optimizer.lr": p.lr,
-        "optimizer.eps": p.eps,
-        "train.images": t.images,
-        "train.global_batch": t.global_batch,
-        "train.micro_batch": t.micro_batch,
-        "train.max_bad_steps": t.max_bad_steps,
-        "save.every_images": config.save.every_images,
-        "save.keep": config.save.keep,
-        "log.every_images": config.log.every_images,
-        "sample.steps": s.steps,
-        "sample.shift": s.shift,
-        "sample.batch": s.batch,
-        "sample.grid_classes": s.grid_classes,
-        "sample.grid_per_class": s.grid_per_class,
-    }
-    for key, value in positive.items():
-        if not value > 0:
-            raise ConfigError(f"{key} is {value}; it must be above 0")
-    not_negative = {
-        "data.workers": d.workers,
-        "alignment.layer": a.layer,
-        "objective.frequency_weight": o.frequency_weight,
-        "optimizer.warmup_images": p.warmup_images,
-        "optimizer.weight_decay": p.weight_decay,
-        "sample.grid_every_images": s.grid_every_images,
-    }
-    for key, value in not_negative.items():
-        if value < 0:
-            raise ConfigError(f"{key} is {value}; it must not be negative")
-    if p.clip is not None and not p.clip > 0:
-        raise ConfigError(f"optimizer.clip is {p.clip}; it must be above 0, or null for no clipping")
-    if not 0 <= o.class_drop < 1:
-        raise ConfigError(f"objective.class_drop is {o.class_drop}; it is a probability in [0, 1)")
-    if not o.t_eps < 1:
-        raise ConfigError(f"objective.t_eps is {o.t_eps}; it must be below 1")
-    if not 1 <= o.frequency_quality <= 100:
-        raise ConfigError(f"objective.frequency_quality is {o.frequency_quality}; it lies from 1 to 100")
-    if a.projector_hidden is not None and a.projector_hidden < 1:
-        raise ConfigError(
-            f"alignment.projector_hidden is {a.projector_hidden}; it must be above 0, or null for the generator's width"
-        )
+    check_ranges(config)
+    _check_optimizer(config)
+    _check_step(config)
+    d, s, a = config.data, config.sample, config.alignment
+    if s.interval is not None and not s.interval[0] < s.interval[1]:
+        raise ConfigError(f"sample.interval is {s.interval}; the first must be below the second")
     if a.teacher is None and (a.weights or a.cache):
         raise ConfigError(
             "alignment.weights or alignment.cache is given, but alignment.teacher is null; name a teacher"
@@ -302,9 +285,10 @@ def validate(config: Config) -> None:
             "alignment.cache keeps one feature map of each image and data.flip shows two; set data.flip=false, or "
             "alignment.cache=null"
         )
-    for beta in p.betas:
-        if not 0 <= beta < 1:
-            raise ConfigError(f"optimizer.betas is {p.betas}; both lie in [0, 1)")
+
+
+def _check_optimizer(config: Config) -> None:
+    p = config.optimizer
     if len(set(p.ema)) != len(p.ema) or not p.ema or not all(0 < decay < 1 for decay in p.ema):
         raise ConfigError(f"optimizer.ema is {p.ema}; give one or more different decays between 0 and 1")
     if p.drops and p.schedule != "stepped":
@@ -313,15 +297,17 @@ def validate(config: Config) -> None:
         raise ConfigError("optimizer.schedule is stepped; give optimizer.drops: [{at_images: N, lr: X}, ...]")
     if [drop.at_images for drop in p.drops] != sorted({drop.at_images for drop in p.drops}):
         raise ConfigError(f"optimizer.drops at {[drop.at_images for drop in p.drops]} images; they must increase")
+    if p.warmup_images >= config.train.images:
+        raise ConfigError(f"optimizer.warmup_images {p.warmup_images} is not below train.images {config.train.images}")
+
+
+def _check_step(config: Config) -> None:
+    t = config.train
     if t.global_batch % t.micro_batch:
         raise ConfigError(
             f"train.global_batch {t.global_batch} is not a multiple of train.micro_batch {t.micro_batch}; "
             f"valid micro batches: {_divisors(t.global_batch)}"
         )
-    if p.warmup_images >= t.images:
-        raise ConfigError(f"optimizer.warmup_images {p.warmup_images} is not below train.images {t.images}")
-    if s.interval is not None and not s.interval[0] < s.interval[1]:
-        raise ConfigError(f"sample.interval is {s.interval}; the first must be below the second")
     if config.run.device == "cpu" and t.precision == "bf16":
         raise ConfigError(
             "train.precision bf16 on run.device cpu: matrix products are 6x slower than fp32 there; use fp32"

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_reference import Golden, position_table, relative
+from support.golden import Golden, position_table, relative
 
 from pixelgen_fast import interop
 from pixelgen_fast.cli import main
-from pixelgen_fast.engine import generator
 from pixelgen_fast.models import jit, pixeldit
+from pixelgen_fast.runs import draw
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_state_dict_keeps_the_public_names(system: str) -> None:
 def test_post_modulation_slots_follow_the_public_rows() -> None:
     """Row pixel * 4C + slot * C + channel of the public weight is slot `slot` of that pixel."""
     form = interop.public("pixeldit")
-    config = pixeldit.Config(hidden_size=24, num_heads=2, patch_depth=1, patch_size=2, pixel_depth=1,
+    config = pixeldit.Settings(hidden_size=24, num_heads=2, patch_depth=1, patch_size=2, pixel_depth=1,
                                      pixel_hidden_size=4, post_modulation=True)  # fmt: skip
     shapes = form.public_shapes(config, 8, 3)
     state = {name: torch.randn(shape) for name, shape in shapes.items()}
@@ -125,13 +125,13 @@ def test_import_of_lightning_files(
     command = ["import", str(tmp_path / "published.ckpt"), str(out), "--system", "pixeldit", "--image-size", "32"]
     assert main(command) == 0
     assert ("holds no ema weights" in caplog.text) == (prefixes == ("denoiser.",))
-    loaded = generator.load(out)
+    loaded = draw.load(out)
     assert relative(loaded.model(golden.x, golden.t, golden.y), golden.output) < 1e-5
 
 
-def small_jit() -> tuple[jit.Config, dict[str, torch.Tensor]]:
+def small_jit() -> tuple[jit.Settings, dict[str, torch.Tensor]]:
     """JiT with the depth of B and random weights under the published names, for images of 16 pixels and 3 classes."""
-    config = jit.Config(hidden_size=16, num_heads=2, patch_size=4, bottleneck=6, context_length=2)
+    config = jit.Settings(hidden_size=16, num_heads=2, patch_size=4, bottleneck=6, context_length=2)
     generator = torch.Generator().manual_seed(0)
     shapes = interop.public("jit").public_shapes(config, 16, 3)
     state = {name: 0.3 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
@@ -150,7 +150,7 @@ def test_import_of_jit_files(tmp_path: Path, weights: str, scale: float) -> None
     torch.save(content | {"args": argparse.Namespace(model="JiT-B/16", lr=None)}, tmp_path / "checkpoint-last.pth")
     command = ["import", str(tmp_path / "checkpoint-last.pth"), str(tmp_path / "out"), "--system", "jit"]
     assert main([*command, "--weights", weights]) == 0
-    loaded = generator.load(tmp_path / "out")
+    loaded = draw.load(tmp_path / "out")
     assert loaded.config.data.image_size == 16 and len(loaded.classes) == 3 and loaded.config.model == config
     assert (loaded.config.objective.predict, loaded.config.objective.noise_scale) == ("x", 16 / 256)
     z, t, y = torch.randn(2, 3, 16, 16), torch.rand(2), torch.tensor([0, 3])

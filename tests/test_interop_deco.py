@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from golden_reference import Golden, relative
+from support.golden import Golden, relative
 
 from pixelgen_fast import interop
 from pixelgen_fast.cli import main
-from pixelgen_fast.engine import generator
 from pixelgen_fast.models import deco
+from pixelgen_fast.runs import draw
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def test_import_of_a_lightning_file(golden: Golden, tmp_path: Path) -> None:
     torch.save({"state_dict": state, "epoch": 3, "global_step": 17}, tmp_path / "published.ckpt")
     out = tmp_path / "imported"
     assert main(["import", str(tmp_path / "published.ckpt"), str(out), "--system", "deco", "--image-size", "32"]) == 0
-    loaded = generator.load(out)
+    loaded = draw.load(out)
     assert relative(loaded.model(golden.x, golden.t, golden.y), golden.output) < 1e-5
 
 

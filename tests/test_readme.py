@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pixelgen_fast import cli
+from pixelgen_fast import cli, commands
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -20,7 +20,7 @@ def test_commands_parse_and_name_files_that_exist(command: str) -> None:
     words = shlex.split(command)
     start = next(i for i, word in enumerate(words) if word in ("pixelgen", "pixelgen_fast"))
     args, rest = cli._parser().parse_known_args([w for w in words[start + 1 :] if "=" not in w])
-    assert not rest or args.command is cli._kernels_report
+    assert not rest or args.command is commands.kernels_report
     assert callable(args.command)
     for path in re.findall(r"configs/\S+\.yaml", command):
         assert (ROOT / path).is_file(), path

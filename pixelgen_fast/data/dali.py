@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -32,12 +32,15 @@ from nvidia.dali.pipeline import Pipeline
 from pixelgen_kernels import philox
 from torch import Tensor
 
+from pixelgen_fast.config import Data
 from pixelgen_fast.data import Batch
 from pixelgen_fast.data.encoded import UnreadableImage, decode
 from pixelgen_fast.data.index import ImageIndex
+from pixelgen_fast.data.order import Order
 from pixelgen_fast.data.source import HALVING, HEAD, Item, Source
+from pixelgen_fast.errors import InputError
+from pixelgen_fast.settings import Crop
 
-CROPS = ("adm", "none")
 # Halvings that the pipeline performs, enough below 16 S pixels; each costs about 15 us an image even when not needed.
 _HALVINGS = 3
 _log = logging.getLogger(__name__)
@@ -46,11 +49,11 @@ _log = logging.getLogger(__name__)
 class Loader:
     """Iterate over this rank's micro-batches without end: `for batch in Loader(...)` gives `Batch` on `device`.
 
-    index: what `open_index` gives. seed: the run's seed, for order and flips. size: S. start: image number of the first
-    global batch. crop: "adm", or "none" for images that are S x S already (checked). flip: mirror half of the images.
-    workers: reader processes (0: read in this process, best for small images); threads: DALI's CPU threads; prefetch:
-    micro-batches kept ready. decoder: "cpu" or "mixed" (NVIDIA's JPEG decoder; GPU only); None takes "mixed" on a GPU.
-    hw_decoder_load: share of a batch for the hardware JPEG engines, 0 to 1, used with "mixed".
+    index: what `open_index` gives. order: which images, from where on; its seed also decides the flips. settings: the
+    section `data`: image_size S; crop "adm", or "none" for images that are S x S already (checked); flip; workers,
+    reader processes (0: read in this process, best for small images); threads of DALI; prefetch, micro-batches kept
+    ready; hw_decoder_load, the share of a batch for the hardware JPEG engines. decoder: "cpu" or "mixed" (NVIDIA's JPEG
+    decoder; GPU only); None takes "mixed" on a GPU.
 
     wait_seconds: time the consumer spent waiting so far. replaced: path -> reason of every unreadable image met.
     Raises ValueError for sizes that do not divide, an unknown crop or decoder, or (while iterating, naming the file) an
@@ -60,38 +63,24 @@ class Loader:
     def __init__(
         self,
         index: ImageIndex,
-        *,
-        seed: int,
-        size: int,
-        global_batch: int,
-        micro_batch: int,
-        rank: int = 0,
-        world: int = 1,
-        start: int = 0,
+        order: Order,
+        settings: Data,
         device: str | torch.device = "cpu",
-        crop: str = "adm",
-        flip: bool = False,
-        workers: int = 1,
-        threads: int = 2,
-        prefetch: int = 2,
         decoder: str | None = None,
-        hw_decoder_load: float = 0.65,
     ) -> None:
         self.device = torch.device(device)
         decoder = decoder or ("mixed" if self.device.type == "cuda" else "cpu")
-        if min(workers, threads - 1, prefetch - 1) < 0:
-            raise ValueError(f"workers {workers} must be at least 0, threads {threads}, prefetch {prefetch} at least 1")
-        _check(index, global_batch, micro_batch, rank, world, start, size, crop, decoder, self.device)
-        self.index, self.seed, self.flip = index, seed, flip
+        _check(index, settings, decoder, self.device)
+        self.index, self.order, self.settings = index, order, settings
         self.wait_seconds = 0.0
         self.replaced: dict[str, str] = {}
-        crop = "none" if index.size == size else crop
+        crop = "none" if index.size == settings.image_size else settings.crop
         self._source_settings = {
-            "seed": seed, "size": size, "crop": crop, "halvings": _HALVINGS if crop == "adm" else 0,
-            "global_batch": global_batch, "micro_batch": micro_batch, "rank": rank, "world": world, "start": start,
+            "size": settings.image_size, "crop": crop, "halvings": _HALVINGS if crop == "adm" else 0,
         }  # fmt: skip
-        self._decode_settings = {"decoder": decoder, "hw_decoder_load": hw_decoder_load, "to_gpu": self._on_gpu}
-        self._workers, self._threads, self._prefetch = workers, threads, prefetch
+        self._decode_settings = {
+            "decoder": decoder, "hw_decoder_load": settings.hw_decoder_load, "to_gpu": self._on_gpu,
+        }  # fmt: skip
         self._bad: dict[int, str] = {}
         self._batch = 0
         self._restarted_at: int | None = None
@@ -104,12 +93,11 @@ class Loader:
     def __next__(self) -> Batch:
         began = time.perf_counter()
         images, indexes = self._run()
-        first = self._source.number(self._batch)
-        numbers = torch.arange(first, first + len(indexes))
+        numbers = torch.tensor(self.order.numbers(self._batch))
         self._report_replaced(numbers, indexes)
         self._batch += 1
-        if self.flip:
-            mirrored = philox.uniform(self.seed, numbers, philox.FLIP, 1)[:, 0] < 0.5
+        if self.settings.flip:
+            mirrored = philox.uniform(self.order.seed, numbers, philox.FLIP, 1)[:, 0] < 0.5
             images = torch.where(mirrored.to(self.device)[:, None, None, None], images.flip(2), images)
         labels = torch.from_numpy(self.index.labels[indexes])
         batch = Batch(images, labels.to(self.device), numbers.to(self.device))
@@ -133,23 +121,26 @@ class Loader:
     def _build(self) -> None:
         """Start the pipeline at micro-batch self._batch, with everything known to be bad left out."""
         self.close()  # before the new one starts: two would hold their memory at once
-        self._source = Source(self.index, first=self._batch, bad=frozenset(self._bad), **self._source_settings)
-        parallel = {"py_num_workers": self._workers, "py_start_method": "spawn"} if self._workers else {}
+        self._source = Source(
+            self.index, self.order, first=self._batch, bad=frozenset(self._bad), **self._source_settings
+        )
+        workers = self.settings.workers
+        parallel = {"py_num_workers": workers, "py_start_method": "spawn"} if workers else {}
         self._pipeline = _pipeline(
             self._source,
-            parallel=self._workers > 0,
+            parallel=workers > 0,
             size=self._source.size,
             halvings=self._source.halvings,
             cropped=self._source.crop != "none",
-            batch_size=self._source.micro_batch,
-            num_threads=self._threads,
+            batch_size=self.order.micro_batch,
+            num_threads=self.settings.threads,
             device_id=self._device_id,
-            prefetch_queue_depth=self._prefetch,
+            prefetch_queue_depth=self.settings.prefetch,
             **self._decode_settings,
             **parallel,
         )
-        if self._workers:
-            with _interrupts_ignored():
+        if workers:
+            with interrupts_ignored():
                 self._pipeline.start_py_workers()
         self._pipeline.build()
 
@@ -160,7 +151,7 @@ class Loader:
     def _run(self) -> tuple[Tensor, np.ndarray]:
         """The next decoded images [B, S, S, 3] on the device, and the index each was read from, int64 [B]."""
         if self._pipeline is None:
-            raise ValueError("this loader is closed: make a new one")
+            raise InputError("this loader is closed: make a new one")
         while True:
             try:
                 stream = torch.cuda.current_stream(self.device) if self._on_gpu else None
@@ -176,9 +167,8 @@ class Loader:
         """Mark the unreadable images among those that DALI was working on; return whether there were any."""
         known = len(self._bad)
         trial = _Trial(self._source, self._device_id, self._decode_settings)
-        for batch in range(self._batch, self._batch + self._prefetch + 1):
-            first = self._source.number(batch)
-            for number in range(first, first + self._source.micro_batch):
+        for batch in range(self._batch, self._batch + self.settings.prefetch + 1):
+            for number in self.order.numbers(batch):
                 item = self._source.item(self._source.wanted(number))
                 i = int(item.index)
                 if i not in self._bad and (reason := trial.failure(item)):
@@ -193,7 +183,7 @@ class Loader:
         if self._restarted_at == self._batch:
             raise error
         self._restarted_at = self._batch
-        number = self._source.number(self._batch)
+        number = self.order.first(self._batch)
         _log.warning("the data pipeline failed at image %d and starts again: %s", number, error)
 
     def _report_replaced(self, numbers: Tensor, indexes: np.ndarray) -> None:
@@ -310,7 +300,7 @@ def _mean_up(a: DataNode, b: DataNode) -> DataNode:
 
 
 @contextmanager
-def _interrupts_ignored() -> Iterator[None]:
+def interrupts_ignored() -> Iterator[None]:
     """Processes started inside ignore SIGINT (an ignored signal is inherited): Ctrl-C is for the trainer to handle.
 
     Outside the main thread signals cannot be set, and nothing is done.
@@ -325,33 +315,18 @@ def _interrupts_ignored() -> Iterator[None]:
         signal.signal(signal.SIGINT, previous)
 
 
-def _check(
-    index: ImageIndex,
-    global_batch: int,
-    micro_batch: int,
-    rank: int,
-    world: int,
-    start: int,
-    size: int,
-    crop: str,
-    decoder: str,
-    device: torch.device,
-) -> None:
-    if min(size, global_batch, micro_batch, world) < 1 or start < 0 or not 0 <= rank < world:
-        raise ValueError(
-            f"size {size}, global_batch {global_batch}, micro_batch {micro_batch} and world {world} must be positive, "
-            f"start {start} not negative, rank {rank} from 0 to world - 1"
+def _check(index: ImageIndex, settings: Data, decoder: str, device: torch.device) -> None:
+    size, crop = settings.image_size, settings.crop
+    if size < 1 or min(settings.workers, settings.threads - 1, settings.prefetch - 1) < 0:
+        raise InputError(
+            f"workers {settings.workers} must be at least 0, image_size {size}, threads {settings.threads} and "
+            f"prefetch {settings.prefetch} at least 1"
         )
-    if global_batch % (micro_batch * world):
-        raise ValueError(
-            f"global_batch {global_batch} is not a multiple of micro_batch {micro_batch} x {world} ranks = "
-            f"{micro_batch * world}: change one of them"
-        )
-    if crop not in CROPS:
-        raise ValueError(f"crop {crop!r} is none of {', '.join(CROPS)}")
+    if crop not in get_args(Crop):
+        raise InputError(f"crop {crop!r} is none of {', '.join(get_args(Crop))}")
     if crop == "none" and index.size not in (None, size):
-        raise ValueError(f"{index.root} holds images of {index.size} pixels, not {size}: use crop 'adm' or pack anew")
+        raise InputError(f"{index.root} holds images of {index.size} pixels, not {size}: use crop 'adm' or pack anew")
     if decoder not in ("cpu", "mixed"):
-        raise ValueError(f"decoder {decoder!r} is neither 'cpu' nor 'mixed'")
+        raise InputError(f"decoder {decoder!r} is neither 'cpu' nor 'mixed'")
     if decoder == "mixed" and device.type != "cuda":
-        raise ValueError(f"decoder 'mixed' needs a GPU, but the device is {device}: use decoder 'cpu'")
+        raise InputError(f"decoder 'mixed' needs a GPU, but the device is {device}: use decoder 'cpu'")

@@ -16,6 +16,7 @@ from einops import rearrange, reduce
 from PIL import Image
 
 from pixelgen_fast.data.cache import cache_root, locked, published_folder
+from pixelgen_fast.errors import InputError
 
 COUNT = 1797
 SIZE = 16
@@ -40,7 +41,7 @@ def to_8x8(images: np.ndarray) -> np.ndarray:
     """
     images = np.asarray(images)
     if images.dtype != np.uint8 or images.shape[1:] != (SIZE, SIZE, 3):
-        raise ValueError(f"digits must be uint8 [N, {SIZE}, {SIZE}, 3], got {images.dtype} {list(images.shape)}")
+        raise InputError(f"digits must be uint8 [N, {SIZE}, {SIZE}, 3], got {images.dtype} {list(images.shape)}")
     small = reduce(images.astype(np.float64), "n (h a) (w b) c -> n h w", "mean", a=2, b=2)
     return rearrange(small, "n h w -> n (h w)") * (16 / 255)
 

@@ -18,6 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from pixelgen_fast.errors import InputError
+
 _DIRECT_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "PPM"}
 _DIRECT_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
 _PNG_DEPTH = 24  # where IHDR, always the first chunk, has the bits per channel
@@ -25,7 +27,7 @@ _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 _WHAT_PIL_RAISES = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
-class UnreadableImage(ValueError):
+class UnreadableImage(InputError):
     """The bytes are not a whole image; the message is the reason, without the path."""
 
 

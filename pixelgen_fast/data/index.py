@@ -20,7 +20,6 @@ import os
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from pixelgen_fast.data.cache import cache_root, published_file
 from pixelgen_fast.data.encoded import ppm
+from pixelgen_fast.errors import InputError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp")
 PACKED_FILES = ("images.npy", "labels.npy", "classes.json")
@@ -73,28 +73,16 @@ def open_index(root: str | Path) -> ImageIndex:
         raise FileNotFoundError(f"data root {root} does not exist: {_KINDS}")
     if root.is_file():
         if not _is_tar(root):
-            raise ValueError(f"data root {root} is a file but not a .tar: {_KINDS}")
+            raise InputError(f"data root {root} is a file but not a .tar: {_KINDS}")
         return TarIndex(root, [root])
     present = [name for name in PACKED_FILES if (root / name).exists()]
     if len(present) == len(PACKED_FILES):
         return PackedIndex(root)
     if present:
         missing = ", ".join(sorted(set(PACKED_FILES) - set(present)))
-        raise ValueError(f"packed folder {root} lacks {missing}: pack it again")
+        raise InputError(f"packed folder {root} lacks {missing}: pack it again")
     shards = sorted(p for p in root.iterdir() if _is_tar(p) and not p.name.startswith("."))
     return TarIndex(root, shards) if shards else FolderIndex(root)
-
-
-def position(seed: int, number: int, size: int) -> int:
-    """Index of image `number` (>= 0) of a run over `size` images: every epoch visits each index once."""
-    epoch, offset = divmod(number, size)
-    return int(_permutation(seed, epoch, size)[offset])
-
-
-@lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
-    words = np.random.Philox(key=np.array([seed % 2**64, epoch], dtype=np.uint64)).random_raw(size)
-    return np.argsort(words, kind="stable")
 
 
 class FolderIndex(ImageIndex):
@@ -110,14 +98,14 @@ class FolderIndex(ImageIndex):
         else:
             classes, found = folders, [others.images(_walk(root, name, ())) for name in folders]
             if straight and any(found):
-                raise ValueError(
+                raise InputError(
                     f"{root} holds {len(straight):,} images beside class folders (first: {straight[0]}): move them "
                     "into a class folder, or the class folders elsewhere"
                 )
             if straight:
-                raise ValueError(f"{root} holds images, and folders without any ({folders[0]}, ...): remove those")
+                raise InputError(f"{root} holds images, and folders without any ({folders[0]}, ...): remove those")
         if not any(found):
-            raise ValueError(f"{root} holds no images ({', '.join(EXTENSIONS)}): {others.text() or 'it is empty'}")
+            raise InputError(f"{root} holds no images ({', '.join(EXTENSIONS)}): {others.text() or 'it is empty'}")
         others.warn(root)
         _warn_classes(root, classes, [len(names) for names in found])
         self._names = _Names(name for names in found for name in names)
@@ -181,11 +169,11 @@ class PackedIndex(ImageIndex):
         labels, classes = np.load(root / "labels.npy"), json.loads((root / "classes.json").read_text())
         shape, dtype = self._images.shape, self._images.dtype
         if dtype != np.uint8 or len(shape) != 4 or shape[1] != shape[2] or shape[3] != 3:
-            raise ValueError(f"{self._file} must be uint8 [N, S, S, 3], got {dtype} {list(shape)}: pack it again")
+            raise InputError(f"{self._file} must be uint8 [N, S, S, 3], got {dtype} {list(shape)}: pack it again")
         if labels.shape != shape[:1] or shape[0] == 0:
-            raise ValueError(f"{root} holds {shape[0]:,} images and {labels.size:,} labels: pack it again")
+            raise InputError(f"{root} holds {shape[0]:,} images and {labels.size:,} labels: pack it again")
         if labels.min() < 0 or labels.max() >= len(classes):
-            raise ValueError(f"{root}/labels.npy goes to {labels.max()}, classes.json has {len(classes)}: pack again")
+            raise InputError(f"{root}/labels.npy goes to {labels.max()}, classes.json has {len(classes)}: pack again")
         super().__init__(root, classes, labels, size=shape[1])
 
     def path(self, i: int) -> str:
@@ -267,7 +255,7 @@ def _walk(root: Path, folder: str, above: tuple[tuple[int, int], ...]) -> Iterat
     status = os.stat(root / folder)
     here = (status.st_dev, status.st_ino)
     if here in above:
-        raise ValueError(f"{root / folder} links to a folder above itself: remove the link")
+        raise InputError(f"{root / folder} links to a folder above itself: remove the link")
     for entry in sorted(os.scandir(root / folder), key=lambda e: e.name):
         if entry.name.startswith("."):
             continue
@@ -290,15 +278,15 @@ def _write_table(root: Path, shards: list[Path], table: Path) -> None:
             with tarfile.open(shard, "r:") as archive:
                 members = {m.name.removeprefix("./"): m for m in archive if not m.isdir()}
         except (tarfile.TarError, EOFError) as error:
-            raise ValueError(f"{shard} is not an uncompressed tar, or is damaged: {error}") from error
+            raise InputError(f"{shard} is not an uncompressed tar, or is damaged: {error}") from error
         kept = others.images(members)
         if link := next((name for name in kept if not members[name].isfile()), None):
-            raise ValueError(f"{shard}: member {link} is a link: make the tar with --dereference --hard-dereference")
+            raise InputError(f"{shard}: member {link} is a link: make the tar with --dereference --hard-dereference")
         if flat := next((name for name in kept if "/" not in name), None):
-            raise ValueError(f"{shard}: member {flat} has no class folder: members must be CLASS/NAME.ext")
+            raise InputError(f"{shard}: member {flat} has no class folder: members must be CLASS/NAME.ext")
         found += [(name, number, members[name].offset_data, members[name].size) for name in kept]
     if not found:
-        raise ValueError(f"{root} holds no images: {others.text() or 'its tar files are empty'}")
+        raise InputError(f"{root} holds no images: {others.text() or 'its tar files are empty'}")
     others.warn(root)
     found.sort()
     names = _Names(name for name, *_ in found)

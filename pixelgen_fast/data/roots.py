@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pixelgen_fast.data.digits import write_digits
 from pixelgen_fast.data.index import ImageIndex, open_index
+from pixelgen_fast.errors import InputError
 
 DIGITS = "digits"
 
@@ -15,7 +16,7 @@ def open_root(root: str, expected_classes: int | None = None) -> ImageIndex:
     """
     index = open_index(write_digits() if root == DIGITS else root)
     if expected_classes is not None and len(index.classes) != expected_classes:
-        raise ValueError(
+        raise InputError(
             f"data.root {root} has {len(index.classes)} classes and data.num_classes is {expected_classes}; "
             "set data.num_classes to null to take what is there"
         )

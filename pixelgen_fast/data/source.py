@@ -1,13 +1,8 @@
 """Which encoded image stands at each place of each micro-batch, and how it is to be cropped; runs in reader processes.
 
-    micro-batch q of a loader that starts at image S, with global batch G, W ranks, micro-batch b, M = G / (W b) per
-    step:
-        number(q, j) = S + G (q div M) + rank G / W + b (q mod M) + j         0 <= j < b
-        index        = position(seed, number, N), or the next readable index after it
-
-A worker hands DALI the bytes, the index it read and the geometry of the crop. Everything is a function of (seed,
-number) and of the files' contents. This module imports neither torch nor DALI, so that a reader process starts
-quickly.
+A worker hands DALI the bytes, the index it read and the geometry of the crop: of the image that order.py names, or of
+the next readable one after it. Everything is a function of (seed, number) and of the files' contents. This module
+imports neither torch nor DALI, so that a reader process starts quickly.
 """
 
 from __future__ import annotations
@@ -23,7 +18,9 @@ from PIL import Image
 
 from pixelgen_fast.data.crop import CropPlan, crop_plan
 from pixelgen_fast.data.encoded import UnreadableImage, as_ppm, decode, inspect
-from pixelgen_fast.data.index import ImageIndex, position
+from pixelgen_fast.data.index import ImageIndex
+from pixelgen_fast.data.order import Order, position
+from pixelgen_fast.errors import InputError
 
 # geometry, float32: [number of halvings, resized h, w, offset y, x], then HALVING numbers for each halving:
 # [halved h, w, region start y, x, region height, width]
@@ -48,7 +45,7 @@ class Item(NamedTuple):
 
 
 class Source:
-    """Gives DALI the items of micro-batches `first`, first + 1, ... of one rank. Picklable.
+    """Gives DALI the items of micro-batches `first`, first + 1, ... of an order. Picklable.
 
     crop: "adm" or "none". halvings: how many box halvings the pipeline performs; an image that needs more arrives
     halved by PIL already. bad: indexes known to be unreadable, never read.
@@ -57,22 +54,16 @@ class Source:
     def __init__(
         self,
         index: ImageIndex,
+        order: Order,
         *,
-        seed: int,
         size: int,
         crop: str,
         halvings: int,
-        global_batch: int,
-        micro_batch: int,
-        rank: int,
-        world: int,
-        start: int,
         first: int = 0,
         bad: frozenset[int] = frozenset(),
     ) -> None:
-        self.index, self.seed, self.size, self.crop, self.halvings = index, seed, size, crop, halvings
-        self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
-        self.start, self.first, self.bad = start, first, bad
+        self.index, self.order, self.size, self.crop, self.halvings = index, order, size, crop, halvings
+        self.first, self.bad = first, bad
         self._kept: dict[int, Item] = {}
         self._room = _KEPT_BYTES
 
@@ -82,19 +73,13 @@ class Source:
         if parent := multiprocessing.parent_process():
             threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
 
-    def number(self, batch: int) -> int:
-        """The image number at the first place of micro-batch `batch`, counted from the loader's start."""
-        share = self.global_batch // self.world
-        step, micro = divmod(batch, share // self.micro_batch)
-        return self.start + self.global_batch * step + self.rank * share + micro * self.micro_batch
-
     def wanted(self, number: int) -> int:
         """The index that image `number` has, before unreadable ones are replaced."""
-        return position(self.seed, number, len(self.index))
+        return position(self.order.seed, number, len(self.index))
 
     def __call__(self, info: SampleInfo) -> tuple[np.ndarray, ...]:
         """What the pipeline takes for one place of a micro-batch."""
-        return self.fields(self.item(self.wanted(self.number(self.first + info.iteration) + info.idx_in_batch)))
+        return self.fields(self.item(self.wanted(self.order.first(self.first + info.iteration) + info.idx_in_batch)))
 
     def fields(self, item: Item) -> tuple[np.ndarray, ...]:
         """(data, index) with crop "none", else (data, index, geometry)."""
@@ -129,7 +114,7 @@ class Source:
         height, width = header.height, header.width
         if self.crop == "none":
             if (height, width) != (self.size, self.size):
-                raise ValueError(
+                raise InputError(
                     f"{self.index.path(i)} has {height} x {width} pixels, not {self.size} x {self.size}: crop 'none' "
                     "takes images as they are; use crop 'adm', or pack the data at that size"
                 )

@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -23,10 +23,12 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
+from pixelgen_fast import errors
 from pixelgen_fast.data.cache import published_file, published_folder
 from pixelgen_fast.data.crop import centre_crop
 from pixelgen_fast.data.encoded import UnreadableImage, load, to_rgb
 from pixelgen_fast.data.index import ImageIndex, open_index
+from pixelgen_fast.errors import InputError
 
 CROPS = ("adm", "squash")
 _SIDES = (32, 64, 128, 256, 512, 1024, 2048)
@@ -113,6 +115,27 @@ def scan(root: str | Path, *, out: str | Path | None = None, threads: int = 2) -
     return report
 
 
+def _write_images(
+    path: Path, index: ImageIndex, size: int, images: Iterable[bytes | str]
+) -> tuple[list[int], dict[str, str]]:
+    """Write one array of the images that are pixels. Returns their labels, and why each of the others is not."""
+    unreadable: dict[str, str] = {}
+    labels: list[int] = []
+    with open(path, "wb") as file:
+        _write_header(file, len(index), size)
+        for i, pixels in enumerate(images):
+            if isinstance(pixels, str):
+                unreadable[index.path(i)] = pixels
+                _log.warning("left out %s: %s", index.path(i), pixels)
+            else:
+                file.write(pixels)
+                labels.append(index.label(i))
+        if not labels:
+            raise InputError(f"none of the {len(index):,} images of {index.root} is readable: {_first(unreadable)}")
+        _write_header(file, len(labels), size)
+    return labels, unreadable
+
+
 def pack(
     root: str | Path, out: str | Path, size: int, crop: str = "adm", *, upright: bool = False, threads: int = 2
 ) -> PackReport:
@@ -125,9 +148,9 @@ def pack(
     """
     out = Path(out).expanduser().absolute()
     if size < 1:
-        raise ValueError(f"size {size} must be at least 1")
+        raise InputError(f"size {size} must be at least 1")
     if crop not in CROPS:
-        raise ValueError(f"crop {crop!r} is none of {', '.join(CROPS)}")
+        raise InputError(f"crop {crop!r} is none of {', '.join(CROPS)}")
     if out.exists():
         raise FileExistsError(f"{out} exists: choose another folder, or remove it")
     index = open_index(root)
@@ -135,22 +158,11 @@ def pack(
     needed, free = len(index) * size * size * 3, shutil.disk_usage(out.parent).free
     if needed > free:
         raise OSError(f"{out} needs {needed / 1e9:.1f} GB for {len(index):,} images, but {free / 1e9:.1f} GB are free")
-    unreadable: dict[str, str] = {}
-    labels: list[int] = []
+    errors.begin()
     with published_folder(out) as folder:
-        with open(folder / "images.npy", "wb") as file:
-            _write_header(file, len(index), size)
-            one = partial(_cropped, index, size, crop, upright)
-            for i, pixels in enumerate(_mapped(one, len(index), threads, f"pack {size} px")):
-                if isinstance(pixels, str):
-                    unreadable[index.path(i)] = pixels
-                    _log.warning("left out %s: %s", index.path(i), pixels)
-                else:
-                    file.write(pixels)
-                    labels.append(index.label(i))
-            if not labels:
-                raise ValueError(f"none of the {len(index):,} images of {index.root} is readable: {_first(unreadable)}")
-            _write_header(file, len(labels), size)
+        one = partial(_cropped, index, size, crop, upright)
+        pixels = _mapped(one, len(index), threads, f"pack {size} px")
+        labels, unreadable = _write_images(folder / "images.npy", index, size, pixels)
         np.save(folder / "labels.npy", np.array(labels, dtype=np.int64))
         (folder / "classes.json").write_text(json.dumps(index.classes) + "\n")
     return PackReport(str(out), len(labels), len(index.classes), size, unreadable)

@@ -11,12 +11,37 @@ Shapes: z, x, e, v [B, ...]; t [B], broadcast over whatever follows. Arithmetic 
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import NamedTuple, get_args
 
 import torch
+from einops import rearrange
+from pixelgen_kernels import philox
 from torch import Tensor
 
-Prediction = Literal["v", "x", "e"]
+from pixelgen_fast.settings import Prediction
+
+
+class Noising(NamedTuple):
+    """How images are noised: at their times t float32 [B], with noise_scale times the noise of (seed, image number).
+
+    numbers: int64 [B], image numbers. seed: of the run.
+    """
+
+    numbers: Tensor
+    t: Tensor
+    seed: int
+    noise_scale: float
+
+    def of(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(z, x, e) of uint8 images [B, S, S, 3], each float32 [B, 3, S, S]."""
+        x = to_unit(images)
+        e = philox.normal(self.seed, self.numbers, philox.NOISE, x[:1].numel()).view_as(x)
+        return add_noise(x, e, self.t, self.noise_scale), x, e
+
+
+def to_unit(images: Tensor) -> Tensor:
+    """uint8 [B, S, S, 3] as float32 [B, 3, S, S] in [-1, 1]."""
+    return rearrange(images, "B H W C -> B C H W").float() / 127.5 - 1.0
 
 
 def add_noise(x: Tensor, e: Tensor, t: Tensor, noise_scale: float = 1.0) -> Tensor:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
 
 import torch
 from einops import rearrange
@@ -27,8 +26,9 @@ from tqdm import tqdm
 
 from pixelgen_fast.diffusion.path import Prediction, check_prediction, convert, widen
 from pixelgen_fast.diffusion.time import noise, shift_time
+from pixelgen_fast.errors import InputError
+from pixelgen_fast.settings import Solver
 
-Solver = Literal["euler", "heun", "adams2"]
 Field = Callable[[Tensor, float], Tensor]
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -36,7 +36,7 @@ Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 def time_grid(steps: int, shift: float = 1.0) -> list[float]:
     """Times of a run of `steps` steps: steps + 1 numbers from exactly 0 to exactly 1."""
     if steps < 1:
-        raise ValueError(f"sampling needs at least 1 step, got {steps}")
+        raise InputError(f"sampling needs at least 1 step, got {steps}")
     return [shift_time(i / steps, shift) for i in range(steps + 1)]
 
 
@@ -94,10 +94,10 @@ def velocity_field(
     """
     check_prediction(predict, "predict")
     if guidance != 1 and null_class is None:
-        raise ValueError(f"guidance={guidance} compares with the null class: pass null_class, or guidance=1")
+        raise InputError(f"guidance={guidance} compares with the null class: pass null_class, or guidance=1")
     low, high = interval or (float("-inf"), float("inf"))
     if not low < high:
-        raise ValueError(f"guidance interval must be (low, high) with low < high, got ({low}, {high})")
+        raise InputError(f"guidance interval must be (low, high) with low < high, got ({low}, {high})")
 
     def field(z: Tensor, t: float) -> Tensor:
         times = torch.full((z.shape[0],), t, dtype=z.dtype, device=z.device)
@@ -183,6 +183,6 @@ def _check(model: Model, numbers: Tensor, labels: Tensor, solver: str, batch: in
         shapes = f"numbers {list(numbers.shape)}, labels {list(labels.shape)}"
         raise ValueError(f"sampling needs one number and one label per image, at least one image; got {shapes}")
     if solver not in SOLVERS:
-        raise ValueError(f"solver {solver!r} is unknown; use one of {', '.join(SOLVERS)}")
+        raise InputError(f"solver {solver!r} is unknown; use one of {', '.join(SOLVERS)}")
     if batch < 1:
-        raise ValueError(f"batch must be at least 1 image, got {batch}")
+        raise InputError(f"batch must be at least 1 image, got {batch}")

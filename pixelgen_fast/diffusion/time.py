@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from pixelgen_kernels import philox
 from torch import Tensor
 
-TimeKind = Literal["logit_normal", "uniform"]
+from pixelgen_fast.settings import TimeKind
+
 Time = TypeVar("Time", float, Tensor)
 
 

@@ -12,6 +12,7 @@ Shapes: B images, L tokens of the generator on a square grid, D its width; L', D
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from math import isqrt
 
 import torch
@@ -21,9 +22,12 @@ from torch import Tensor, nn
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast.data.index import ImageIndex
+from pixelgen_fast.dino.network import load_dino
+from pixelgen_fast.dino.teacher import Teacher
 from pixelgen_fast.engine.features import FeatureCache
 from pixelgen_fast.engine.metrics import Stopwatch
-from pixelgen_fast.models.teacher import Teacher, load_dino
+from pixelgen_fast.errors import InputError
+from pixelgen_fast.models.system import System
 
 Targets = Callable[[Tensor, Tensor], Tensor]
 
@@ -87,36 +91,27 @@ def resize_tokens(tokens: Tensor, count: int) -> Tensor:
 
 
 def build_alignment(
-    config: cfg.Config, model: nn.Module, index: ImageIndex | None, device: torch.device
+    config: cfg.Config, model: System, index: ImageIndex | None, device: torch.device
 ) -> FeatureAlignment | None:
     """The alignment of a run, its projector a function of run.seed alone; None when alignment.teacher is null.
 
     index: of the images, for alignment.cache; None where that is null.
-    model: has hidden_size, tap_depth and grid; one whose tap 0 gives a DINO's own tokens has tap_width too. Raises
-    ValueError for a layer that the model does not have and tokens of another width than a teacher that they should
-    equal, and what `load_dino` and `FeatureCache` raise.
+    Raises InputError for a layer that the model does not have and tokens of another width than a teacher that they
+    should equal, and what `load_dino` and `FeatureCache` raise.
     """
     a = config.alignment
     if a.teacher is None:
         return None
-    has_student = hasattr(model, "tap_width")
-    first = 0 if has_student else 1
-    if not first <= a.layer <= model.tap_depth:
-        raise ValueError(
-            f"alignment.layer is {a.layer} and the model has {model.tap_depth} patch blocks"
-            f"{'' if has_student else ' and no DINO student'}; set alignment.layer from {first} to {model.tap_depth}"
-        )
-    width = model.tap_width(a.layer) if has_student else model.hidden_size
+    _check_layer(model, a.layer)
+    width = model.tap_width(a.layer)
     teacher = Teacher(load_dino(a.teacher, a.weights), model.grid, device, compile=a.compile)
     if a.projector == "none" and width != teacher.width:
-        raise ValueError(
+        raise InputError(
             f"alignment.projector is none, but the tokens at alignment.layer {a.layer} are {width} wide and those of "
             f"{a.teacher} {teacher.width}; use alignment.projector=mlp"
         )
     if a.cache is None:
-
-        def targets(images: Tensor, numbers: Tensor) -> Tensor:
-            return teacher(images)
+        targets: Targets = partial(_uncached, teacher)
     else:
         assert index is not None
         d = config.data
@@ -131,4 +126,17 @@ def build_alignment(
             layer=a.layer,
             weight=a.weight,
             device=device,
+        )
+
+
+def _uncached(teacher: Teacher, images: Tensor, numbers: Tensor) -> Tensor:
+    return teacher(images)
+
+
+def _check_layer(model: System, layer: int) -> None:
+    if not model.first_tap <= layer <= model.tap_depth:
+        student = "" if model.first_tap == 0 else " and no DINO student"
+        raise InputError(
+            f"alignment.layer is {layer} and the model has {model.tap_depth} patch blocks{student}; "
+            f"set alignment.layer from {model.first_tap} to {model.tap_depth}"
         )

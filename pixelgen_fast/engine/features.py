@@ -25,11 +25,12 @@ from torch import Tensor
 
 from pixelgen_fast.config import ConfigError
 from pixelgen_fast.data.cache import locked, published_folder
-from pixelgen_fast.data.index import ImageIndex, position
+from pixelgen_fast.data.index import ImageIndex
+from pixelgen_fast.data.order import position
 
 
 class Featurizer(Protocol):
-    """What gives features: `pixelgen_fast.models.teacher.Teacher`."""
+    """What gives features: `pixelgen_fast.dino.teacher.Teacher`."""
 
     grid: int
     width: int

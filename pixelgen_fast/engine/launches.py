@@ -17,7 +17,7 @@ from pixelgen_kernels.launch import Started, recording
 from torch import Tensor, nn
 
 from pixelgen_fast import config as cfg
-from pixelgen_fast.engine import generator
+from pixelgen_fast import models
 from pixelgen_fast.engine.alignment import build_alignment
 from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.engine.optimizer import AdamWEMA, run_optimizer
@@ -52,7 +52,7 @@ def build_on_meta(config: cfg.Config, precision: str, in_one_buffer: bool) -> tu
     config = replace(config, alignment=replace(config.alignment, cache=None, compile=False))
     classes = config.data.num_classes or 1  # launches do not depend on it
     with META:
-        model = generator.build_model(config, classes)
+        model = models.build_model(config, classes)
         wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=False)
         alignment = build_alignment(config, model, None, META)
         module = FlowMatching(model, config.objective, config.run.seed, classes, alignment)

@@ -10,13 +10,18 @@ from __future__ import annotations
 import json
 import logging
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
+
+from pixelgen_fast import config as cfg
+from pixelgen_fast.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +30,14 @@ GPU_PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B2
 
 
 def forward_flops(model: nn.Module, image_size: int) -> int:
-    """FLOPs of one image's forward pass, counted by operator on the meta device: nothing is computed or allocated."""
-    z = torch.empty(1, 3, image_size, image_size, device="meta", dtype=next(model.parameters()).dtype)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(z, torch.empty(1, device="meta"), torch.zeros(1, dtype=torch.int64, device="meta"))
+    """FLOPs of one image's forward pass, counted by operator on shapes alone: nothing is computed."""
+    like = next(model.parameters())
+    # of a model that is there, fake tensors stand for weights and results
+    shapes_only = nullcontext() if like.is_meta else FakeTensorMode(allow_non_fake_inputs=True)
+    with shapes_only, FlopCounterMode(display=False) as counter, torch.no_grad():
+        z = torch.empty(1, 3, image_size, image_size, device=like.device, dtype=like.dtype)
+        t, y = (torch.zeros(1, dtype=dtype, device=like.device) for dtype in (torch.float32, torch.int64))
+        model(z, t, y)
     return counter.get_total_flops()
 
 
@@ -99,34 +108,24 @@ class Stopwatch:
 class Metrics:
     """Sinks of one run. On ranks other than 0 every method does nothing."""
 
-    def __init__(
-        self,
-        folder: Path,
-        rank: int,
-        nimg: int,
-        total: int,
-        *,
-        tensorboard: bool,
-        wandb_project: str | None,
-        config: dict,
-    ) -> None:
+    def __init__(self, folder: RunFolder, rank: int, nimg: int, total: int, config: cfg.Config | None = None) -> None:
+        """config: of the run, for the loggers; None: there are none."""
         self.active = rank == 0
         self.bar = tqdm(
             total=total,
             initial=nimg,
             unit="img",
             unit_scale=True,
-            desc=folder.name,
+            desc=folder.root.name,
             disable=not self.active,
             smoothing=0.05,
         )
         if not self.active:
             return
-        path = folder / "metrics.jsonl"
-        _drop_rows_after(path, nimg)
-        self.file = path.open("a", buffering=1)
-        self.writer = _summary_writer(folder, nimg) if tensorboard else None
-        self.wandb = _wandb_run(wandb_project, folder, config) if wandb_project else None
+        _drop_rows_after(folder.metrics, nimg)
+        self.file = folder.metrics.open("a", buffering=1)
+        self.writer = _summary_writer(folder, nimg) if config and config.log.tensorboard else None
+        self.wandb = _wandb_run(folder, config) if config and config.log.wandb_project else None
 
     def advance(self, images: int) -> None:
         self.bar.update(images)
@@ -177,22 +176,24 @@ def _row_nimg(line: str) -> float:
         return float("inf")  # the last line of a killed run may be half written
 
 
-def _summary_writer(folder: Path, nimg: int) -> Any:
+def _summary_writer(folder: RunFolder, nimg: int) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         log.warning("log.tensorboard is on but tensorboard is not installed; pip install pixelgen_fast[log]")
         return None
-    return SummaryWriter(str(folder / "tensorboard"), purge_step=nimg)
+    return SummaryWriter(str(folder.tensorboard), purge_step=nimg)
 
 
-def _wandb_run(project: str, folder: Path, config: dict) -> Any:
+def _wandb_run(folder: RunFolder, config: cfg.Config) -> Any:
     try:
         import wandb
 
+        name = folder.root.name
         return wandb.init(
-            project=project, name=folder.name, dir=str(folder), config=config, resume="allow", id=folder.name
-        )
+            project=config.log.wandb_project, name=name, dir=str(folder.root), config=cfg.to_dict(config),
+            resume="allow", id=name,
+        )  # fmt: skip
     except Exception as error:  # a logger must never cost a run; the local records go on
         log.warning("log.wandb_project: Weights & Biases did not start, the run goes on without it: %s", error)
         return None

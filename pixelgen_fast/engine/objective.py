@@ -5,8 +5,8 @@
 
 The last two are optional (diffusion/frequency.py, engine/alignment.py). Time, noise, label drop and grounding drop are
 functions of (seed, image number); see diffusion/time.py. Dropout is one of (seed, number of the micro-batch's first
-image), so that a resumed run repeats it. A model with `velocity_loss` and predict = v noises and compares inside its
-own operators, unless the frequency loss needs its prediction; any other is given z and asked.
+image), so that a resumed run repeats it. A system that fuses its loss noises and compares inside its own operators for
+predict = v, unless the frequency loss needs its prediction; any other is given z and asked.
 Shapes: B images of one micro-batch, S x S pixels.
 """
 
@@ -18,36 +18,38 @@ from functools import partial
 from typing import Any
 
 import torch
-from einops import rearrange
 from pixelgen_kernels import philox
 from torch import Tensor, nn
 
 from pixelgen_fast.config import Objective
 from pixelgen_fast.diffusion.frequency import frequency_loss
 from pixelgen_fast.diffusion.loss import flow_loss
-from pixelgen_fast.diffusion.path import add_noise, convert, slope, truth
-from pixelgen_fast.diffusion.time import chosen, drop_labels, noise, sample_times
+from pixelgen_fast.diffusion.path import Noising, convert, slope, truth
+from pixelgen_fast.diffusion.time import chosen, drop_labels, sample_times
 from pixelgen_fast.engine.alignment import FeatureAlignment
-from pixelgen_fast.models.layers import Noising
+from pixelgen_fast.models.system import System
+from pixelgen_fast.runs.folder import MODEL
 
 
 class FlowMatching(nn.Module):
     """Flow matching on a generator: forward(images uint8 [B, S, S, 3], labels, numbers int64 [B]) -> mean loss.
 
     weights: the parts of the loss, "flow" and, where they are on, "frequency" and "alignment", with their weights.
+    model: the generator, a child of the name that runs/folder.py gives it on disk.
     parts: the unweighted mean of each in the last forward pass, detached, 0-dim, on the device.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: System,
         objective: Objective,
         seed: int,
         null_class: int,
         alignment: FeatureAlignment | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.objective, self.seed, self.null_class = model, objective, seed, null_class
+        self.add_module(MODEL, model)
+        self.objective, self.seed, self.null_class = objective, seed, null_class
         self.alignment = alignment
         self.weights = {"flow": 1.0}
         if objective.frequency_weight > 0:
@@ -57,9 +59,14 @@ class FlowMatching(nn.Module):
         self.parts: dict[str, Tensor] = {}
 
     @property
+    def columns(self) -> list[str]:
+        """The parts of the loss that have columns of their own in the metrics: none if it has but one."""
+        return list(self.weights) if len(self.weights) > 1 else []
+
+    @property
     def draws(self) -> bool:
         """Whether a forward pass draws from torch's generator."""
-        return getattr(self.model, "uses_randomness", False)
+        return self.model.draws
 
     def seed_dropout(self, first: int) -> None:
         """Begin a micro-batch whose first image has this number, before forward: seeds torch for a model that draws."""
@@ -71,7 +78,7 @@ class FlowMatching(nn.Module):
         o = self.objective
         t = sample_times(self.seed, numbers, o.time, o.time_mean, o.time_std, o.time_shift)
         y = drop_labels(self.seed, numbers, labels, o.class_drop, self.null_class)
-        fused = o.predict == "v" and o.frequency_weight == 0 and hasattr(self.model, "velocity_loss")
+        fused = o.predict == "v" and o.frequency_weight == 0 and self.model.fuses_loss
         losses, tokens = (self._inside if fused else self._outside)(images, t, y, numbers)
         if self.alignment is not None:
             losses["alignment"] = self.alignment(tokens, images, numbers)
@@ -93,10 +100,8 @@ class FlowMatching(nn.Module):
         """Losses of each image and the tapped tokens, from the model's prediction at z."""
         o = self.objective
         path = {"noise_scale": o.noise_scale, "t_eps": o.t_eps}
-        x = rearrange(images, "B H W C -> B C H W").float() / 127.5 - 1.0
-        e = noise(self.seed, numbers, x.shape[1:])
-        z = add_noise(x, e, t, o.noise_scale)
-        drop = getattr(self.model, "grounding_drop", None)
+        z, x, e = Noising(numbers, t, self.seed, o.noise_scale).of(images)
+        drop = self.model.grounding_drop
         ground = {} if drop is None else {"ground": ~chosen(self.seed, numbers, drop, philox.GROUNDING_DROP)}
         model = partial(self.model, **ground)
         prediction, tokens = self._tapped(model, z.to(next(self.model.parameters()).dtype), t, y)

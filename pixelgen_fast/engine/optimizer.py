@@ -23,15 +23,11 @@ from pixelgen_kernels.adamw_ema import adamw_ema_foreach, total_norm
 from torch import Tensor, nn
 
 from pixelgen_fast.config import Optimizer
+from pixelgen_fast.runs.checkpoint import ema_key
 
 APPLIED, SKIPPED, SKIPPED_IN_A_ROW = range(3)
 COUNTERS = ("step", "skipped", "skipped_in_a_row")
 EVEN = 8  # bf16 numbers in 16 bytes
-
-
-def ema_key(decay: float) -> str:
-    """The state key of an average, e.g. `ema_0.9999`."""
-    return f"ema_{float(decay)!r}"
 
 
 class AdamWEMA(torch.optim.Optimizer):

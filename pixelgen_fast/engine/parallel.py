@@ -11,13 +11,13 @@ Both act on each block in place, so no name in a state dict changes. Recomputati
 from __future__ import annotations
 
 import functools
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-Recompute = Literal["none", "operators", "blocks"]
+from pixelgen_fast.settings import Recompute
 
 _PRODUCTS = {"aten::mm": (0, 1), "aten::addmm": (1, 2)}
 _ATTENTION = ("pixelgen::attention", "pixelgen_native::attention", "aten::_scaled_dot_product")

@@ -1,11 +1,11 @@
 """Stopping in good order: SIGTERM (a cluster's preemption) and SIGINT (Ctrl-C) ask, the training loop answers.
 
-A handler only notes the wish. The loop asks `agreed()` after each step, so all ranks stop at the same one, saves, and
+A handler only notes the wish. The loop asks `any_rank` after each step, so all ranks stop at the same one, saves, and
 exits with REQUEUE. A second SIGINT stops at once with KeyboardInterrupt.
 
 Other processes: a forked child has the handlers too, but no loop to ask them, so in a child they restore the system's
 default and take effect. A spawned child starts with Python's own handlers and would die of the Ctrl-C that the terminal
-sends to the whole group: start data workers inside `shielded()`, and they leave SIGINT to their parent.
+sends to the whole group: the loader starts its workers with SIGINT ignored.
 Under torchrun, SIGTERM to the agent reaches every rank, which then has 30 seconds before SIGKILL.
 """
 
@@ -14,8 +14,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from types import FrameType
 
 import torch
@@ -54,14 +53,6 @@ class StopRequest:
         """Whether this process has been asked to stop."""
         return self.name is not None
 
-    def agreed(self, group: dist.ProcessGroup | None = None) -> bool:
-        """Whether any rank has been asked to stop. All ranks must call it, and get the same answer.
-
-        One rank alone answers at once; more of them reduce one number over `group`, best a gloo group on a GPU
-        machine (`ZeroEngine.host_group`), since NCCL would make the host wait for the device.
-        """
-        return any_rank([self.requested], group)[0]
-
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             signal.signal(number, signal.SIG_DFL)
@@ -76,20 +67,14 @@ class StopRequest:
 
 
 def any_rank(wishes: Sequence[bool], group: dist.ProcessGroup | None = None) -> list[bool]:
-    """For each wish, whether any rank has it; all ranks must call it, with as many. See `StopRequest.agreed`."""
+    """For each wish, whether any rank has it; all ranks must call it, with as many.
+
+    One rank alone answers at once; more of them reduce over `group`, best a gloo group on a GPU machine
+    (`ZeroEngine.host_group`), since NCCL would make the host wait for the device.
+    """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
         return list(wishes)
     device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
     flags = torch.tensor(wishes, dtype=torch.int32, device=device)
     dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
     return [bool(flag) for flag in flags.tolist()]
-
-
-@contextmanager
-def shielded() -> Iterator[None]:
-    """Processes started inside ignore SIGINT, as an ignored signal is inherited; this one is deaf to it meanwhile."""
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)

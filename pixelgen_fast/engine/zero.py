@@ -29,7 +29,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pixelgen_fast.engine.optimizer import SKIPPED, SKIPPED_IN_A_ROW, AdamWEMA, ema_key
+from pixelgen_fast.engine.optimizer import SKIPPED, SKIPPED_IN_A_ROW, AdamWEMA
+from pixelgen_fast.runs.checkpoint import ema_key
 
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -113,16 +114,7 @@ class ZeroEngine:
         overrides: dict[str, Any] | None = None,
     ) -> None:
         dtypes = (dtype, communication_dtype, accumulation_dtype)
-        if stage not in (1, 2, 3):
-            raise ValueError(f"ZeRO stage must be 1, 2 or 3, got {stage}; on one rank stage 1 is plain training")
-        if any(d not in _DTYPES for d in dtypes) or (dtype == "fp32" and dtypes != ("fp32",) * 3):
-            raise ValueError(
-                f"(dtype, communication_dtype, accumulation_dtype) = {dtypes}: each is one of {list(_DTYPES)}, "
-                "and an fp32 run has all three in fp32"
-            )
-        if micro_batch < 1 or accumulation < 1:
-            raise ValueError(f"micro_batch and accumulation must be at least 1, got {micro_batch} and {accumulation}")
-
+        _check(stage, micro_batch, accumulation, dtypes)
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self._ema_keys = _ema_keys_by_name(self._parameters, optimizer)
         self.shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
@@ -139,24 +131,21 @@ class ZeroEngine:
         if dtype == "bf16":
             # DeepSpeed casts parameters only; the module casts its buffers too, and knows those that keep float32
             module.bfloat16()
-        # DeepSpeed warns of an optimizer it has not tested; tests/engine/test_zero.py tests this one.
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        with redirect_stdout(StringIO()) as said:
-            self._engine = deepspeed.initialize(
-                model=module, optimizer=optimizer, config=_merged(config, overrides or {}), dist_init_required=False
-            )[0]
-        log.debug("DeepSpeed: %s", said.getvalue())
+        self._engine = _initialize(module, optimizer, _merged(config, overrides or {}))
         self._zero = self._engine.optimizer
         device = get_accelerator().current_device_name()
         optimizer.counters = optimizer.counters.to(device)
-        if self._sharded:
-            optimizer.grad_norm = lambda: self._zero._global_grad_norm
-        else:
-            # DeepSpeed would flatten the gradients, reduce them over one rank and copy them back
-            self._engine.enable_backward_allreduce = False
+        self._take_norm_from_shards()
         self._norm = torch.zeros((), device=device)
         self._make_state()
         self._pieces = {name: self._piece(name, p) for name, p in self._parameters.items()}
+
+    def _take_norm_from_shards(self) -> None:
+        if self._sharded:
+            self.optimizer.grad_norm = lambda: self._zero._global_grad_norm
+        else:
+            # DeepSpeed would flatten the gradients, reduce them over one rank and copy them back
+            self._engine.enable_backward_allreduce = False
 
     @property
     def module(self) -> nn.Module:
@@ -347,13 +336,30 @@ def _ema_keys_by_name(parameters: dict[str, nn.Parameter], optimizer: AdamWEMA) 
     return {name: keys[id(p)] for name, p in parameters.items()}
 
 
+def _check(stage: int, micro_batch: int, accumulation: int, dtypes: tuple[str, str, str]) -> None:
+    if stage not in (1, 2, 3):
+        raise ValueError(f"ZeRO stage must be 1, 2 or 3, got {stage}; on one rank stage 1 is plain training")
+    if any(d not in _DTYPES for d in dtypes) or (dtypes[0] == "fp32" and dtypes != ("fp32",) * 3):
+        raise ValueError(
+            f"(dtype, communication_dtype, accumulation_dtype) = {dtypes}: each is one of {list(_DTYPES)}, "
+            "and an fp32 run has all three in fp32"
+        )
+    if micro_batch < 1 or accumulation < 1:
+        raise ValueError(f"micro_batch and accumulation must be at least 1, got {micro_batch} and {accumulation}")
+
+
+def _initialize(module: nn.Module, optimizer: AdamWEMA, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
+    """DeepSpeed's engine, whose prints go to the log at level debug."""
+    # DeepSpeed warns of an optimizer it has not tested; tests/engine/test_zero.py tests this one.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    with redirect_stdout(StringIO()) as said:
+        engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
+    log.debug("DeepSpeed: %s", said.getvalue())
+    return engine
+
+
 def _config(
-    stage: int,
-    micro_batch: int,
-    accumulation: int,
-    world: int,
-    dtypes: tuple[str, str, str],
-    numel: int,
+    stage: int, micro_batch: int, accumulation: int, world: int, dtypes: tuple[str, str, str], numel: int
 ) -> dict[str, Any]:
     dtype, communication_dtype, accumulation_dtype = dtypes
     # DeepSpeed allocates a whole bucket in every backward pass, however small the model.

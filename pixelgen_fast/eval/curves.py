@@ -51,6 +51,27 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[last] - sums[first]) / (last - first)
 
 
+def _draw_panel(panel: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None:
+    """Every number that the rows hold under the key, and its running mean. panel: matplotlib's Axes."""
+    points = [(row["nimg"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
+    if not points:
+        present = sorted({name for row in rows for name in row if name != "nimg"})
+        raise ValueError(f"no row holds a finite {key!r}; the {len(rows)} rows hold {present}")
+    nimg, values = (np.asarray(column, dtype=np.float64) for column in zip(*points, strict=True))
+    window = len(values) // 40 * 2 + 1
+    smooth = running_mean(values, window)
+    panel.plot(nimg, values, color="#4878a8", alpha=0.35, linewidth=0.8, label=f"each of {len(values)} logged values")
+    panel.plot(nimg, smooth, color="#1f4e79", linewidth=1.8, label=f"mean over {window} values")
+    low, high = values.min(), max(np.percentile(values, 99), smooth.max())
+    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    panel.set_ylim(low - room, high + room)
+    panel.set_xlabel("images seen")
+    panel.set_ylabel(key.replace("_", " "))
+    panel.grid(alpha=0.2)
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False, fontsize="small")
+
+
 def save_curves(
     rows: Iterable[Mapping[str, Any]], path: str | Path, *, keys: Sequence[str] = ("loss",), title: str = ""
 ) -> Path:
@@ -71,26 +92,8 @@ def save_curves(
     figure = Figure(figsize=(7.5, 3.4 * len(keys)), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     for panel, key in zip(figure.subplots(len(keys), squeeze=False)[:, 0], keys, strict=True):
-        points = [(row["nimg"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
-        if not points:
-            present = sorted({name for row in rows for name in row if name != "nimg"})
-            raise ValueError(f"no row holds a finite {key!r}; the {len(rows)} rows hold {present}")
-        nimg, values = (np.asarray(column, dtype=np.float64) for column in zip(*points, strict=True))
-        window = len(values) // 40 * 2 + 1
-        smooth = running_mean(values, window)
-        panel.plot(
-            nimg, values, color="#4878a8", alpha=0.35, linewidth=0.8, label=f"each of {len(values)} logged values"
-        )
-        panel.plot(nimg, smooth, color="#1f4e79", linewidth=1.8, label=f"mean over {window} values")
-        low, high = values.min(), max(np.percentile(values, 99), smooth.max())
-        room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-        panel.set_ylim(low - room, high + room)
-        panel.set_xlabel("images seen")
-        panel.set_ylabel(key.replace("_", " "))
+        _draw_panel(panel, rows, key)
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-        panel.grid(alpha=0.2)
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, fontsize="small")
     figure.suptitle(title)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

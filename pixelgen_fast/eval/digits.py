@@ -19,6 +19,7 @@ import numpy as np
 from torch import Tensor
 
 from pixelgen_fast.data.digits import load_real, to_8x8
+from pixelgen_fast.errors import InputError
 from pixelgen_fast.eval.frechet import frechet_distance
 
 FEATURE_SPACE = "8x8 intensities from 0 to 16, 64 dimensions"
@@ -58,6 +59,17 @@ class DigitsReport:
         ]
 
 
+def _check(images: np.ndarray, labels: np.ndarray) -> None:
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (16, 16, 3):
+        raise InputError(f"generated digits must be uint8 [N, 16, 16, 3], got {images.dtype} {list(images.shape)}")
+    if labels.shape != images.shape[:1] or len(labels) < 2:
+        shapes = f"images {list(images.shape)}, labels {list(labels.shape)}"
+        raise InputError(f"need at least 2 images and one label an image, got {shapes}")
+    outside = sorted(set(labels.tolist()) - set(range(_CLASSES)))
+    if outside:
+        raise InputError(f"digit classes are 0 to 9, got {outside}")
+
+
 def evaluate_digits(images: Tensor | np.ndarray, labels: Tensor | np.ndarray, *, seed: int = 0) -> DigitsReport:
     """Compare generated digits with the real ones.
 
@@ -66,14 +78,7 @@ def evaluate_digits(images: Tensor | np.ndarray, labels: Tensor | np.ndarray, *,
     Raises ValueError for another shape, dtype or label, ImportError if scikit-learn is missing.
     """
     images, labels = _as_array(images), _as_array(labels)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != (16, 16, 3):
-        raise ValueError(f"generated digits must be uint8 [N, 16, 16, 3], got {images.dtype} {list(images.shape)}")
-    if labels.shape != images.shape[:1] or len(labels) < 2:
-        shapes = f"images {list(images.shape)}, labels {list(labels.shape)}"
-        raise ValueError(f"need at least 2 images and one label an image, got {shapes}")
-    outside = sorted(set(labels.tolist()) - set(range(_CLASSES)))
-    if outside:
-        raise ValueError(f"digit classes are 0 to 9, got {outside}")
+    _check(images, labels)
     try:
         from sklearn.model_selection import train_test_split
         from sklearn.svm import SVC

@@ -16,7 +16,7 @@ Shapes: N images uint8 [N, H, W, 3] or a folder of PNG/JPEG files of one size; D
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
+
+from pixelgen_fast.errors import InputError
 
 INCEPTION = "inception-v3-compat"
 WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -73,6 +75,29 @@ class FidReport:
         ]
 
 
+def _metrics(
+    generated: Tensor, logits: Tensor, real: Tensor | None, statistics: Mapping[str, Any] | None
+) -> dict[str, float | None]:
+    """What FidReport holds of the features; precision and recall need those of the real images."""
+    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
+    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
+    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
+
+    score = isc_features_to_metric(logits)
+    precision = recall = None
+    if real is not None:
+        statistics = _statistics(real)
+        manifold = prc_features_to_metric(generated, real, save_cpu_ram=True, verbose=False)
+        precision, recall = manifold[KEY_METRIC_PRECISION], manifold[KEY_METRIC_RECALL]
+    return {
+        "fid": fid_statistics_to_metric(_statistics(generated), statistics, verbose=False)[KEY_METRIC_FID],
+        "inception_score": score[KEY_METRIC_ISC_MEAN],
+        "inception_score_std": score[KEY_METRIC_ISC_STD],
+        "precision": precision,
+        "recall": recall,
+    }
+
+
 def evaluate_fid(
     images: Images,
     reference: Images,
@@ -92,10 +117,6 @@ def evaluate_fid(
     images that cannot be used, ConnectionError if the weights cannot be downloaded.
     """
     fidelity = _torch_fidelity()
-    from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-    from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, prc_features_to_metric
-
     statistics = _read_statistics(reference) if _is_statistics(reference) else None
     datasets = [_as_dataset(source) for source in ([images] if statistics else [images, reference])]
     layers = _layers(extractor, ("fid", "isc"))
@@ -104,30 +125,17 @@ def evaluate_fid(
         width = _extract(network, Subset(datasets[0], [0]), device, 1, False)[layers[0]].shape[1]
         if len(statistics["mu"]) != width:
             sizes = f"{len(statistics['mu'])} features, {extractor} layer {layers[0]} has {width}"
-            raise ValueError(f"{reference} holds {sizes}; use the statistics of this extractor")
+            raise InputError(f"{reference} holds {sizes}; use the statistics of this extractor")
     features = [_extract(network, dataset, device, batch, progress) for dataset in datasets]
 
     generated, logits = (features[0][layer] for layer in layers)
-    ours = _statistics(generated)
-    score = isc_features_to_metric(logits)
-    precision = recall = None
-    if statistics is None:
-        real = features[1][layers[0]]
-        theirs, count = _statistics(real), len(real)
-        manifold = prc_features_to_metric(generated, real, save_cpu_ram=True, verbose=False)
-        precision, recall = manifold[KEY_METRIC_PRECISION], manifold[KEY_METRIC_RECALL]
-    else:
-        theirs, count = statistics, None
+    real = features[1][layers[0]] if statistics is None else None
     return FidReport(
-        fid=fid_statistics_to_metric(ours, theirs, verbose=False)[KEY_METRIC_FID],
-        inception_score=score[KEY_METRIC_ISC_MEAN],
-        inception_score_std=score[KEY_METRIC_ISC_STD],
-        precision=precision,
-        recall=recall,
+        **_metrics(generated, logits, real, statistics),
         generated=_describe(images),
         generated_count=len(generated),
         reference=_describe(reference),
-        reference_count=count,
+        reference_count=None if real is None else len(real),
         extractor=f"torch-fidelity {fidelity.__version__} {extractor}",
     )
 
@@ -156,7 +164,7 @@ def write_statistics(
     _torch_fidelity()
     path = Path(path)
     if path.suffix != ".npz":
-        raise ValueError(f"a statistics file is named .npz, got {path}")
+        raise InputError(f"a statistics file is named .npz, got {path}")
     dataset, layers = _as_dataset(images), _layers(extractor, ("fid",))
     features = _extract(_build(extractor, layers, weights, device), dataset, device, batch, progress)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -191,7 +199,7 @@ def _as_dataset(source: Images) -> Dataset[Tensor]:
 
     if isinstance(source, Tensor):
         if source.dtype != torch.uint8 or source.ndim != 4 or source.shape[-1] != 3:
-            raise ValueError(f"images must be uint8 [N, H, W, 3], got {source.dtype} {list(source.shape)}")
+            raise InputError(f"images must be uint8 [N, H, W, 3], got {source.dtype} {list(source.shape)}")
         dataset: Dataset[Tensor] = _TensorImages(source.cpu())
     else:
         if not Path(source).is_dir():
@@ -199,7 +207,7 @@ def _as_dataset(source: Images) -> Dataset[Tensor]:
         dataset = ImagesPathDataset(glob_samples_paths(str(source), True, "png,jpg,jpeg", verbose=False))
     if len(dataset) < _LEAST:
         found = f"{len(dataset)} png, jpg or jpeg images {_describe(source)}"
-        raise ValueError(f"at least {_LEAST} images are needed (the Inception Score has ten splits), found {found}")
+        raise InputError(f"at least {_LEAST} images are needed (the Inception Score has ten splits), found {found}")
     return dataset
 
 
@@ -213,10 +221,10 @@ def _read_statistics(path: str | Path) -> dict[str, np.ndarray]:
     with np.load(path, allow_pickle=False) as file:
         missing = {"mu", "sigma"} - set(file.files)
         if missing:
-            raise ValueError(f"{path} holds {sorted(file.files)}; a statistics file needs mu and sigma")
+            raise InputError(f"{path} holds {sorted(file.files)}; a statistics file needs mu and sigma")
         mu, sigma = (np.asarray(file[key], dtype=np.float64) for key in ("mu", "sigma"))
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(f"{path}: mu must be [D] and sigma [D, D], got {list(mu.shape)} and {list(sigma.shape)}")
+        raise InputError(f"{path}: mu must be [D] and sigma [D, D], got {list(mu.shape)} and {list(sigma.shape)}")
     return {"mu": mu, "sigma": sigma}
 
 
@@ -224,7 +232,7 @@ def _layers(extractor: str, metrics: Sequence[str]) -> list[str]:
     from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY as known
 
     if extractor not in known:
-        raise ValueError(f"feature extractor {extractor!r} is unknown; torch-fidelity has {', '.join(sorted(known))}")
+        raise InputError(f"feature extractor {extractor!r} is unknown; torch-fidelity has {', '.join(sorted(known))}")
     return [known[extractor].get_default_feature_layer_for_metric(metric) for metric in metrics]
 
 
@@ -241,7 +249,7 @@ def _build(
             # torch-fidelity unpickles whatever the file holds; reading it as plain tensors first refuses code.
             torch.load(weights, map_location="cpu", weights_only=True)
         except (UnpicklingError, RuntimeError, EOFError) as error:
-            raise ValueError(f"{weights} is not a file of tensors: {error}") from error
+            raise InputError(f"{weights} is not a file of tensors: {error}") from error
         arguments["feature_extractor_weights_path"] = str(weights)
     try:
         return create_feature_extractor(extractor, list(dict.fromkeys(layers)), cuda=False, **arguments).to(device)
@@ -251,7 +259,7 @@ def _build(
     except (RuntimeError, AttributeError, TypeError) as error:
         if weights is None:
             raise
-        raise ValueError(f"{weights} does not hold the weights of {extractor} ({WEIGHTS_FILE}): {error}") from error
+        raise InputError(f"{weights} does not hold the weights of {extractor} ({WEIGHTS_FILE}): {error}") from error
 
 
 @torch.no_grad()
@@ -272,7 +280,7 @@ def _extract(
 def _stack(images: list[Tensor]) -> Tensor:
     sizes = sorted({f"{image.shape[1]}x{image.shape[2]}" for image in images})
     if len(sizes) > 1:
-        raise ValueError(f"images must have one size, found {', '.join(sizes[:5])}; crop them as for training first")
+        raise InputError(f"images must have one size, found {', '.join(sizes[:5])}; crop them as for training first")
     return torch.stack(images)
 
 

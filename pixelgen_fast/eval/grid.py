@@ -8,6 +8,7 @@ Shapes: N images uint8 [N, H, W, 3], filled row by row.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,52 @@ from torch import Tensor
 
 _BACKGROUND, _INK = (255, 255, 255), (40, 40, 40)
 _FONT_SIZE, _MARGIN = 14, 8
+
+
+def _check_layout(
+    rows: int, columns: int, gap: int, scale: int, row_titles: Sequence[str], column_titles: Sequence[str]
+) -> None:
+    if columns < 1:
+        raise ValueError(f"a grid needs at least 1 column, got {columns}")
+    if gap < 0:
+        raise ValueError(f"the gap between images must be 0 or more pixels, got {gap}")
+    for name, titles, wanted in (("row", row_titles, rows), ("column", column_titles, columns)):
+        if titles and len(titles) != wanted:
+            raise ValueError(f"{wanted} {name}s need {wanted} {name} titles, got {len(titles)}: {list(titles)}")
+    if scale < 1:
+        raise ValueError(f"scale must be a whole enlargement of at least 1, got {scale}")
+
+
+def _draw(
+    images: np.ndarray,
+    columns: int,
+    row_titles: Sequence[str],
+    column_titles: Sequence[str],
+    title: str,
+    gap: int,
+    scale: int,
+) -> Image.Image:
+    rows = -(-len(images) // columns)
+    font = ImageFont.load_default(_FONT_SIZE)
+    line = _FONT_SIZE + _MARGIN
+    left = gap + (max(int(font.getlength(t)) for t in row_titles) + _MARGIN if row_titles else 0)
+    top = gap + line * (bool(title) + bool(column_titles))
+    cell_h, cell_w = images.shape[1] * scale, images.shape[2] * scale
+    grid_w = left + columns * (cell_w + gap)
+    title_w = gap + int(font.getlength(title)) + _MARGIN if title else 0
+    page = Image.new("RGB", (max(grid_w, title_w), top + rows * (cell_h + gap)), _BACKGROUND)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        cell = Image.fromarray(image).resize((cell_w, cell_h), Image.Resampling.NEAREST)
+        page.paste(cell, (left + column * (cell_w + gap), top + row * (cell_h + gap)))
+
+    pen = partial(ImageDraw.Draw(page).text, fill=_INK, font=font)
+    pen((gap + _MARGIN // 2, line // 2), title, anchor="lm")
+    for i, text in enumerate(column_titles):
+        pen((left + i * (cell_w + gap) + cell_w // 2, top - gap - line // 2), text, anchor="mm")
+    for i, text in enumerate(row_titles):
+        pen((left - _MARGIN // 2, top + i * (cell_h + gap) + cell_h // 2), text, anchor="rm")
+    return page
 
 
 def save_grid(
@@ -40,39 +87,11 @@ def save_grid(
     """
     images = _as_array(images)
     count, height, width, _ = images.shape
-    if columns < 1:
-        raise ValueError(f"a grid needs at least 1 column, got {columns}")
-    if gap < 0:
-        raise ValueError(f"the gap between images must be 0 or more pixels, got {gap}")
-    rows = -(-count // columns)
-    for name, titles, wanted in (("row", row_titles, rows), ("column", column_titles, columns)):
-        if titles and len(titles) != wanted:
-            raise ValueError(f"{wanted} {name}s need {wanted} {name} titles, got {len(titles)}: {list(titles)}")
     scale = max(1, -(-64 // min(height, width))) if scale is None else scale
-    if scale < 1:
-        raise ValueError(f"scale must be a whole enlargement of at least 1, got {scale}")
+    rows = -(-count // max(1, columns))
+    _check_layout(rows, columns, gap, scale, row_titles, column_titles)
 
-    font = ImageFont.load_default(_FONT_SIZE)
-    line = _FONT_SIZE + _MARGIN
-    left = gap + (max(int(font.getlength(t)) for t in row_titles) + _MARGIN if row_titles else 0)
-    top = gap + line * (bool(title) + bool(column_titles))
-    cell_h, cell_w = height * scale, width * scale
-    grid_w = left + columns * (cell_w + gap)
-    title_w = gap + int(font.getlength(title)) + _MARGIN if title else 0
-    page = Image.new("RGB", (max(grid_w, title_w), top + rows * (cell_h + gap)), _BACKGROUND)
-    for i, image in enumerate(images):
-        row, column = divmod(i, columns)
-        cell = Image.fromarray(image).resize((cell_w, cell_h), Image.Resampling.NEAREST)
-        page.paste(cell, (left + column * (cell_w + gap), top + row * (cell_h + gap)))
-
-    pen = ImageDraw.Draw(page)
-    if title:
-        pen.text((gap + _MARGIN // 2, line // 2), title, _INK, font, anchor="lm")
-    for i, text in enumerate(column_titles):
-        middle = left + i * (cell_w + gap) + cell_w // 2
-        pen.text((middle, top - gap - line // 2), text, _INK, font, anchor="mm")
-    for i, text in enumerate(row_titles):
-        pen.text((left - _MARGIN // 2, top + i * (cell_h + gap) + cell_h // 2), text, _INK, font, anchor="rm")
+    page = _draw(images, columns, row_titles, column_titles, title, gap, scale)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     page.save(path, format="PNG")

@@ -1,25 +1,8 @@
 """Published checkpoints in: their names, packing and files, and models that keep them.
 
 A published file is converted by renaming keys and packing tensors; the maths is unchanged, and so is the licence of
-the weights. A system that has a public form is one module here, under the name of its models/ module, and offers
-
-    PREFIXES: dict[str, str]            kind of weights ("ema", "raw", ...) -> what stands before its names in the file;
-                                        the first is the default
-    config(mapping)                     -> (Config, image_size, num_classes), of the public constructor's arguments
-    public_shapes(config, image_size, num_classes) -> {name: shape}, in the order of the public state dict
-    to_native(state, config)            -> native weights, by differentiable renaming and packing
-    config_of(state)                    -> Config, from names and shapes alone
-
-and, where they apply,
-
-    IGNORED: tuple[str, ...]            prefixes of names in the file that are left out
-    read(content)                       -> {kind: its state dict, prefixes and all}, of a file that torch.load has read;
-                                        without it, all kinds stand in content["state_dict"] (Lightning)
-    image_size_of(state, config)        -> the image size, where the weights tell
-    fixed(config, image_size)           -> {public name: table}, for what the file holds and the model computes
-    settings(config, image_size)        -> {section of a run's configuration: its settings}, with which the weights draw
-
-`layout` has what these modules share.
+the weights. A system that has a public form is one module here, under the name of its models/ module, with a PublicForm
+(form.py); `layout` has what these modules share.
 """
 
 from __future__ import annotations
@@ -29,12 +12,13 @@ import importlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from pixelgen_fast.errors import InputError
+from pixelgen_fast.interop.form import PublicForm
 from pixelgen_fast.interop.layout import PublicLayout, State, check_state
 
 __all__ = [
@@ -53,23 +37,23 @@ SYSTEMS = ("pixeldit", "jit", "deco")
 log = logging.getLogger(__name__)
 
 
-def public(system: str) -> ModuleType:
-    """The module of a system's public form. Raises ValueError with the valid names for another."""
+def public(system: str) -> PublicForm:
+    """A system's public form. Raises InputError with the valid names for another system."""
     if system not in SYSTEMS:
-        raise ValueError(f"system: no public layout for {system!r}; valid: {', '.join(SYSTEMS)}")
-    return importlib.import_module(f"{__name__}.{system}")
+        raise InputError(f"system: no public layout for {system!r}; valid: {', '.join(SYSTEMS)}")
+    return importlib.import_module(f"{__name__}.{system}").FORM
 
 
 def from_reference(system: str, config: Mapping[str, Any], state_dict: State) -> nn.Module:
     """A model from weights in the published layout, called as module(x [B, 3, S, S], t [B], y int64 [B]).
 
     system: one of SYSTEMS. config: the constructor arguments of the public code plus image_size, as listed in the
-    system's `config`. state_dict: keys without the prefix that they have in the file.
+    system's PublicForm.config. state_dict: keys without the prefix that they have in the file.
     Raises ValueError for an unknown system or config key, and for missing, extra or misshapen weights, by name.
     """
     form, model = public(system), importlib.import_module(f"pixelgen_fast.models.{system}")
     settings, size, num_classes = form.config(config)
-    wanted, fixed = form.public_shapes(settings, size, num_classes), _fixed(form, settings, size)
+    wanted, fixed = form.public_shapes(settings, size, num_classes), form.fixed(settings, size)
     check_state(state_dict, wanted, fixed)
     return PublicLayout(
         model.build(settings, size, num_classes),
@@ -79,34 +63,38 @@ def from_reference(system: str, config: Mapping[str, Any], state_dict: State) ->
     )
 
 
-def read_published(path: Path, system: str, weights: str = "ema") -> dict[str, Tensor]:
-    """The state dict of a published file, without prefix.
-
-    weights: a kind that the system's PREFIXES name. Where the file has no such weights, the first kind that it has is
-    taken, with a warning.
-    Raises FileNotFoundError, or ValueError when the file is not such a checkpoint.
-    """
-    form = public(system)
-    if weights not in form.PREFIXES:
-        raise ValueError(f"weights: a {system} file has no {weights!r}; valid: {', '.join(form.PREFIXES)}")
+def _load(path: Path) -> object:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         # mmap keeps a file of several gigabytes out of memory; weights_only refuses to run code from the file, but for
         # the command line that training scripts save beside the weights, a bare container of values
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise ValueError(f"{path}: not a readable PyTorch checkpoint of plain tensors: {error}") from error
+        raise InputError(f"{path}: not a readable PyTorch checkpoint of plain tensors: {error}") from error
+
+
+def read_published(path: Path, system: str, weights: str = "ema") -> dict[str, Tensor]:
+    """The state dict of a published file, without prefix.
+
+    weights: a kind that the system's prefixes name. Where the file has no such weights, the first kind that it has is
+    taken, with a warning.
+    Raises FileNotFoundError, or ValueError when the file is not such a checkpoint.
+    """
+    form = public(system)
+    if weights not in form.prefixes:
+        raise InputError(f"weights: a {system} file has no {weights!r}; valid: {', '.join(form.prefixes)}")
+    content = _load(path)
     try:
-        sections = _sections(form, content)
+        sections = form.read(content, form.prefixes)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
     found: dict[str, dict[str, Tensor]] = {}
-    beginnings = " or ".join(dict.fromkeys(form.PREFIXES.values()))
-    known = (*form.PREFIXES.values(), *getattr(form, "IGNORED", ()))
+    beginnings = " or ".join(dict.fromkeys(form.prefixes.values()))
+    known = (*form.prefixes.values(), *form.ignored)
     for kind, state in sections.items():
-        prefix = form.PREFIXES[kind]
+        prefix = form.prefixes[kind]
         # torch.compile of the whole module leaves _orig_mod. in the names
         found[kind] = {
             name[len(prefix) :].removeprefix("_orig_mod."): value
@@ -115,11 +103,11 @@ def read_published(path: Path, system: str, weights: str = "ema") -> dict[str, T
         }
         if extra := [name for name in state if not name.startswith(known)]:
             if not any(name.startswith(known) for name in state):
-                raise ValueError(f"{path}: no key begins with {beginnings}; the first keys are {', '.join(extra[:5])}")
-            raise ValueError(f"{path}: unknown keys {', '.join(extra[:10])}; expected prefixes {', '.join(known)}")
-    there = [kind for kind in form.PREFIXES if found.get(kind)]
+                raise InputError(f"{path}: no key begins with {beginnings}; the first keys are {', '.join(extra[:5])}")
+            raise InputError(f"{path}: unknown keys {', '.join(extra[:10])}; expected prefixes {', '.join(known)}")
+    there = [kind for kind in form.prefixes if found.get(kind)]
     if not there:
-        raise ValueError(f"{path}: holds no weights whose names begin with {beginnings}")
+        raise InputError(f"{path}: holds no weights whose names begin with {beginnings}")
     if weights not in there:
         log.warning("%s: holds no %s weights; its %s weights are taken", path, weights, there[0])
         return found[there[0]]
@@ -136,7 +124,7 @@ def native(system: str, published: State) -> tuple[dict[str, Tensor], Any, int]:
     table = published.get("y_embedder.embedding_table.weight")
     num_classes = 1000 if table is None else table.shape[0] - 1
     size = image_size(system, published)
-    fixed = {} if size is None else _fixed(form, config, size)
+    fixed = {} if size is None else form.fixed(config, size)
     # where the weights do not tell the size of an image, their shapes do not depend on it
     check_state(published, form.public_shapes(config, size or config.patch_size, num_classes), fixed)
     weights = {name: value for name, value in published.items() if name not in fixed}
@@ -146,24 +134,9 @@ def native(system: str, published: State) -> tuple[dict[str, Tensor], Any, int]:
 def image_size(system: str, published: State) -> int | None:
     """The image size that published weights were made for, or None where they serve any."""
     form = public(system)
-    return form.image_size_of(published, form.config_of(published)) if hasattr(form, "image_size_of") else None
+    return form.image_size_of(published, form.config_of(published))
 
 
 def settings(system: str, config: Any, image_size: int) -> dict[str, dict[str, Any]]:
     """What a run's configuration must say besides the model, for published weights to draw as they were published."""
-    form = public(system)
-    return form.settings(config, image_size) if hasattr(form, "settings") else {}
-
-
-def _sections(form: ModuleType, content: Any) -> dict[str, State]:
-    """The state dict that holds each kind of weights, prefixes and all."""
-    if hasattr(form, "read"):
-        return form.read(content)
-    state = content.get("state_dict") if isinstance(content, dict) else None
-    if not isinstance(state, dict):
-        raise ValueError("a Lightning checkpoint has a dictionary 'state_dict', this file has none")
-    return dict.fromkeys(form.PREFIXES, state)
-
-
-def _fixed(form: ModuleType, config: Any, size: int) -> dict[str, Tensor]:
-    return form.fixed(config, size) if hasattr(form, "fixed") else {}
+    return public(system).sections(config, image_size)

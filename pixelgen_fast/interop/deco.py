@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pixelgen_fast.interop.form import PublicForm
 from pixelgen_fast.interop.layout import Shapes, State, add_linear, arguments, depth, rename, require
-from pixelgen_fast.models.deco import FREQUENCIES, Config
+from pixelgen_fast.models.deco import FREQUENCIES, Settings
 
 PREFIXES = {"ema": "ema_denoiser.", "raw": "denoiser."}
 IGNORED = ("diffusion_trainer.",)  # the projector of the alignment loss
 
 
-def config(mapping: Mapping[str, Any]) -> tuple[Config, int, int]:
+def config(mapping: Mapping[str, Any]) -> tuple[Settings, int, int]:
     """Translate the public constructor's arguments. Returns (model config, image size, number of classes).
 
     Keys: image_size (256), in_channels (3), num_groups, hidden_size, hidden_size_x (32), num_blocks (patch and decoder
@@ -31,7 +32,7 @@ def config(mapping: Mapping[str, Any]) -> tuple[Config, int, int]:
         required=("num_groups", "hidden_size", "num_blocks", "num_cond_blocks"),
         optional=("image_size", "num_classes", "hidden_size_x", "patch_size", "nerf_mlpratio"),
     )
-    settings = Config(
+    settings = Settings(
         hidden_size=found["hidden_size"],
         num_heads=found["num_groups"],
         patch_depth=found["num_cond_blocks"],
@@ -42,7 +43,7 @@ def config(mapping: Mapping[str, Any]) -> tuple[Config, int, int]:
     return settings, found.get("image_size", 256), found.get("num_classes", 1000)
 
 
-def public_shapes(c: Config, image_size: int, num_classes: int) -> Shapes:
+def public_shapes(c: Settings, image_size: int, num_classes: int) -> Shapes:
     """Names and shapes of a published DeCo, in the order of its state dict; the same at every image size."""
     D, C, P, d = c.hidden_size, c.decoder_width, c.patch_size**2, c.hidden_size // c.num_heads
     F = int(2 * 4 * D / 3)
@@ -92,7 +93,7 @@ _NAMES = [
 ]
 
 
-def to_native(state: State, config: Config) -> dict[str, Tensor]:
+def to_native(state: State, config: Settings) -> dict[str, Tensor]:
     """Rename and pack the weights of a published DeCo; differentiable."""
     state, native = dict(state), {}
     for name in [name for name in state if name.endswith("mlp.w1.weight")]:
@@ -101,14 +102,14 @@ def to_native(state: State, config: Config) -> dict[str, Tensor]:
     return native | {rename(name, _NAMES): value for name, value in state.items()}
 
 
-def config_of(state: State) -> Config:
+def config_of(state: State) -> Settings:
     """The size of a published DeCo, from the shapes of its weights. Raises ValueError when keys are missing."""
     require(state, "DeCo", (
         "s_embedder.proj.weight", "blocks.0.attn.q_norm.weight", "dec_net.input_proj.weight",
         "dec_net.res_blocks.0.in_ln.weight",
     ))  # fmt: skip
     D, features = state["s_embedder.proj.weight"].shape
-    return Config(
+    return Settings(
         hidden_size=D,
         num_heads=D // state["blocks.0.attn.q_norm.weight"].shape[0],
         patch_depth=depth(state, "blocks."),
@@ -116,3 +117,6 @@ def config_of(state: State) -> Config:
         decoder_width=state["dec_net.input_proj.weight"].shape[0],
         decoder_depth=depth(state, "dec_net.res_blocks."),
     )
+
+
+FORM = PublicForm(PREFIXES, config, public_shapes, to_native, config_of, ignored=IGNORED)

@@ -11,24 +11,26 @@ from typing import Any
 
 from torch import Tensor
 
+from pixelgen_fast.errors import InputError
+from pixelgen_fast.interop.form import PublicForm
 from pixelgen_fast.interop.layout import Shapes, State, add_linear, arguments, depth, rename, require
-from pixelgen_fast.models.jit import Config
-from pixelgen_fast.models.layers import sincos_2d
+from pixelgen_fast.layers import sincos_2d
+from pixelgen_fast.models.jit import Settings
 
 PREFIXES = {"ema": "net.", "ema2": "net.", "raw": "net."}
 _ENTRIES = {"ema": "model_ema1", "ema2": "model_ema2", "raw": "model"}
 
 
-def read(content: Any) -> dict[str, State]:
+def read(content: Any, prefixes: Mapping[str, str]) -> dict[str, State]:
     """Raises ValueError when the file has none of the public code's entries."""
     entries = content if isinstance(content, dict) else {}
     found = {kind: entries[name] for kind, name in _ENTRIES.items() if isinstance(entries.get(name), dict)}
     if not found:
-        raise ValueError(f"a JiT checkpoint has one of {', '.join(_ENTRIES.values())}, this file has none")
+        raise InputError(f"a JiT checkpoint has one of {', '.join(_ENTRIES.values())}, this file has none")
     return found
 
 
-def config(mapping: Mapping[str, Any]) -> tuple[Config, int, int]:
+def config(mapping: Mapping[str, Any]) -> tuple[Settings, int, int]:
     """Translate the public constructor's arguments. Returns (model config, image size, number of classes).
 
     Keys: input_size or image_size (256), in_channels (3), num_classes (1000), patch_size (16), hidden_size, depth,
@@ -42,7 +44,7 @@ def config(mapping: Mapping[str, Any]) -> tuple[Config, int, int]:
     )
     image_size = found.pop("image_size", found.get("input_size", 256))
     if found.pop("input_size", image_size) != image_size:
-        raise ValueError(f"config: input_size {mapping['input_size']} is not image_size {image_size}")
+        raise InputError(f"config: input_size {mapping['input_size']} is not image_size {image_size}")
     num_classes = found.pop("num_classes", 1000)
     names = {
         "bottleneck_dim": "bottleneck",
@@ -50,10 +52,10 @@ def config(mapping: Mapping[str, Any]) -> tuple[Config, int, int]:
         "in_context_start": "context_start",
         "proj_drop": "dropout",
     }
-    return Config(**{names.get(key, key): value for key, value in found.items()}), image_size, num_classes
+    return Settings(**{names.get(key, key): value for key, value in found.items()}), image_size, num_classes
 
 
-def public_shapes(c: Config, image_size: int, num_classes: int) -> Shapes:
+def public_shapes(c: Settings, image_size: int, num_classes: int) -> Shapes:
     """Names and shapes of a published JiT, in the order of its state dict."""
     D, p, F = c.hidden_size, c.patch_size, int(2 * 4 * c.hidden_size / 3)
     shapes: Shapes = {"pos_embed": (1, (image_size // p) ** 2, D)}
@@ -81,7 +83,7 @@ def public_shapes(c: Config, image_size: int, num_classes: int) -> Shapes:
     return shapes
 
 
-def fixed(c: Config, image_size: int) -> dict[str, Tensor]:
+def fixed(c: Settings, image_size: int) -> dict[str, Tensor]:
     n = image_size // c.patch_size
     return {"pos_embed": sincos_2d(n, n, c.hidden_size).flatten(0, 1)[None]}
 
@@ -101,7 +103,7 @@ _NAMES = [
 ]
 
 
-def to_native(state: State, config: Config) -> dict[str, Tensor]:
+def to_native(state: State, config: Settings) -> dict[str, Tensor]:
     """Rename and reshape the weights of a published JiT; differentiable."""
     native = {}
     for name, value in state.items():
@@ -111,7 +113,7 @@ def to_native(state: State, config: Config) -> dict[str, Tensor]:
     return native
 
 
-def config_of(state: State) -> Config:
+def config_of(state: State) -> Settings:
     """The size of a published JiT. Raises ValueError when keys are missing.
 
     The block that context tokens enter at leaves no trace in shapes; it is the published one of that depth.
@@ -122,8 +124,8 @@ def config_of(state: State) -> Config:
     starts = {12: 4, 24: 8, 32: 10, 40: 10}
     if context is not None and count not in starts:
         depths = ", ".join(map(str, starts))
-        raise ValueError(f"a JiT of {count} blocks: where its context tokens enter is known for {depths} blocks only")
-    return Config(
+        raise InputError(f"a JiT of {count} blocks: where its context tokens enter is known for {depths} blocks only")
+    return Settings(
         hidden_size=D,
         num_heads=D // state["blocks.0.attn.q_norm.weight"].shape[0],
         depth=count,
@@ -136,11 +138,11 @@ def config_of(state: State) -> Config:
     )
 
 
-def image_size_of(state: State, config: Config) -> int:
+def image_size_of(state: State, config: Settings) -> int:
     return round(state["pos_embed"].shape[1] ** 0.5) * config.patch_size
 
 
-def settings(config: Config, image_size: int) -> dict[str, dict[str, Any]]:
+def sections(config: Settings, image_size: int) -> dict[str, dict[str, Any]]:
     """Prediction of x from noise that grows with the image; 50 Heun steps with the guidance published for the size."""
     small, large = {12: (3.0, 2.9), 24: (2.4, 2.5)}.get(config.depth, (2.2, 2.3))
     return {
@@ -152,3 +154,16 @@ def settings(config: Config, image_size: int) -> dict[str, dict[str, Any]]:
             "interval": [0.1, 1.0],
         },
     }
+
+
+FORM = PublicForm(
+    PREFIXES,
+    config,
+    public_shapes,
+    to_native,
+    config_of,
+    read=read,
+    image_size_of=image_size_of,
+    fixed=fixed,
+    sections=sections,
+)

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from pixelgen_fast.errors import InputError
+from pixelgen_fast.weights import misfits
+
 State = Mapping[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -67,13 +70,7 @@ class PublicLayout(nn.Module):
 
 def check_state(state: State, wanted: Mapping[str, tuple[int, ...]], fixed: State | None = None) -> None:
     """Raise ValueError naming every missing, extra and misshapen weight, and every table that is not as computed."""
-    problems = [f"missing {name} {list(shape)}" for name, shape in wanted.items() if name not in state]
-    problems += [f"extra {name} {list(value.shape)}" for name, value in state.items() if name not in wanted]
-    problems += [
-        f"{name} is {list(state[name].shape)}, wanted {list(shape)}"
-        for name, shape in wanted.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
+    problems = misfits(state, wanted)
     problems += [
         f"{name} is not the table that the model computes"
         for name, table in (fixed or {}).items()
@@ -84,7 +81,7 @@ def check_state(state: State, wanted: Mapping[str, tuple[int, ...]], fixed: Stat
     ]
     if problems:
         shown = "\n  ".join(problems[:20]) + ("" if len(problems) <= 20 else f"\n  and {len(problems) - 20} more")
-        raise ValueError(f"{len(problems)} weights do not fit the model:\n  {shown}")
+        raise InputError(f"{len(problems)} weights do not fit the model:\n  {shown}")
 
 
 def add_linear(shapes: Shapes, name: str, rows: int, columns: int, bias: bool = True) -> None:
@@ -109,7 +106,7 @@ def depth(state: Iterable[str], prefix: str) -> int:
 def require(state: State, system: str, names: Iterable[str]) -> None:
     """Raise ValueError when the weights that tell a model's size are not there."""
     if missing := [name for name in names if name not in state]:
-        raise ValueError(f"not a {system} state dict: missing {', '.join(missing)}")
+        raise InputError(f"not a {system} state dict: missing {', '.join(missing)}")
 
 
 def arguments(
@@ -122,10 +119,10 @@ def arguments(
     found = {key: value for key, value in config.items() if key != "system"}
     for key, value in fixed.items():
         if found.pop(key, value) != value:
-            raise ValueError(f"config: {key} must be {value}, the published models know no other")
+            raise InputError(f"config: {key} must be {value}, the published models know no other")
     if missing := [key for key in required if key not in found]:
-        raise ValueError(f"config: missing {', '.join(missing)}")
+        raise InputError(f"config: missing {', '.join(missing)}")
     known = {*required, *optional}
     if extra := [key for key in found if key not in known]:
-        raise ValueError(f"config: unknown {', '.join(extra)}; valid: {', '.join(sorted(known | set(fixed)))}")
+        raise InputError(f"config: unknown {', '.join(extra)}; valid: {', '.join(sorted(known | set(fixed)))}")
     return found

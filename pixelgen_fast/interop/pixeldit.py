@@ -15,14 +15,15 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from pixelgen_fast.interop.form import PublicForm
 from pixelgen_fast.interop.layout import Shapes, State, add_linear, arguments, depth, rename, require
-from pixelgen_fast.models.pixeldit import Config
+from pixelgen_fast.models.pixeldit import Settings
 
 PREFIXES = {"ema": "ema_denoiser.", "raw": "denoiser."}
 IGNORED = ("diffusion_trainer.",)  # the projector of the alignment loss
 
 
-def config(mapping: Mapping[str, Any]) -> tuple[Config, int, int]:
+def config(mapping: Mapping[str, Any]) -> tuple[Settings, int, int]:
     """Translate the public constructor's arguments. Returns (model config, image size, number of classes).
 
     Keys: image_size (256), in_channels (3), num_groups, hidden_size, pixel_hidden_size (16), patch_depth, pixel_depth,
@@ -36,10 +37,10 @@ def config(mapping: Mapping[str, Any]) -> tuple[Config, int, int]:
     )
     image_size, num_classes = found.pop("image_size", 256), found.pop("num_classes", 1000)
     names = {"num_groups": "num_heads", "pit_adaln_post_modulation": "post_modulation"}
-    return Config(**{names.get(key, key): value for key, value in found.items()}), image_size, num_classes
+    return Settings(**{names.get(key, key): value for key, value in found.items()}), image_size, num_classes
 
 
-def public_shapes(c: Config, image_size: int, num_classes: int) -> Shapes:
+def public_shapes(c: Settings, image_size: int, num_classes: int) -> Shapes:
     """Names and shapes of a published PixelDiT, in the order of its state dict; the same at every image size."""
     D, C, P, d = c.hidden_size, c.pixel_hidden_size, c.patch_size**2, c.hidden_size // c.num_heads
     F = int(2 * 4 * D / 3)
@@ -91,7 +92,7 @@ _NAMES = [
 ]
 
 
-def to_native(state: State, config: Config) -> dict[str, Tensor]:
+def to_native(state: State, config: Settings) -> dict[str, Tensor]:
     """Rename and pack the weights of a published PixelDiT; differentiable."""
     state, native = dict(state), {}
     for name in [name for name in state if name.endswith("mlp.w1.weight")]:
@@ -109,7 +110,7 @@ def to_native(state: State, config: Config) -> dict[str, Tensor]:
     return native | {rename(name, _NAMES): value for name, value in state.items()}
 
 
-def config_of(state: State) -> Config:
+def config_of(state: State) -> Settings:
     """The size of a published PixelDiT, from the shapes of its weights. Raises ValueError when keys are missing."""
     require(state, "PixelDiT", (
         "s_embedder.proj.weight", "pixel_embedder.proj.weight", "patch_blocks.0.attn.q_norm.weight",
@@ -119,7 +120,7 @@ def config_of(state: State) -> Config:
     C = state["pixel_embedder.proj.weight"].shape[0]
     P = features // 3
     slots = state["pixel_blocks.0.adaLN_modulation.0.weight"].shape[0] // (P * C)
-    return Config(
+    return Settings(
         hidden_size=D,
         num_heads=D // state["patch_blocks.0.attn.q_norm.weight"].shape[0],
         patch_depth=depth(state, "patch_blocks."),
@@ -129,3 +130,6 @@ def config_of(state: State) -> Config:
         pixel_mlp_ratio=state["pixel_blocks.0.mlp.fc1.weight"].shape[0] // C,
         post_modulation=slots == 4,
     )
+
+
+FORM = PublicForm(PREFIXES, config, public_shapes, to_native, config_of, ignored=IGNORED)

@@ -1,7 +1,4 @@
-"""The generators. A system is one module here, named as its `model.system`, with `Config` and `build`.
-
-What `build` gives offers `blocks()` and `whole_modules()`, for the wrapping in engine/parallel.py and engine/zero.py.
-"""
+"""The generators: one module for each system, named as its `model.system`; system.py says what a system is."""
 
 from __future__ import annotations
 
@@ -9,18 +6,36 @@ import importlib
 import pkgutil
 from types import ModuleType
 
+import torch
+
+from pixelgen_fast import config as cfg
+from pixelgen_fast.errors import InputError
+from pixelgen_fast.models.system import Settings, System
+
 
 def systems() -> list[str]:
     """Names of the available systems, for `model.system`."""
-    return sorted(
-        name
-        for _, name, _ in pkgutil.iter_modules(__path__)
-        if hasattr(importlib.import_module(f"{__name__}.{name}"), "build")
-    )
+    return [name for name in sorted(_modules()) if hasattr(_modules()[name], "build")]
 
 
-def system(name: str) -> ModuleType:
-    """The module of a system. Raises ValueError with the valid names for an unknown one."""
+def system_module(name: str) -> ModuleType:
+    """The module of a system. Raises InputError with the valid names for an unknown one."""
     if name not in systems():
-        raise ValueError(f"model.system: unknown system {name!r}; valid: {', '.join(systems())}")
-    return importlib.import_module(f"{__name__}.{name}")
+        raise InputError(f"model.system: unknown system {name!r}; valid: {', '.join(systems())}")
+    return _modules()[name]
+
+
+def model_schema(name: str) -> type[Settings]:
+    """The settings dataclass of a system, for config.load."""
+    return system_module(name).Settings
+
+
+def build_model(config: cfg.Config, num_classes: int) -> System:
+    """A fresh model, its weights a function of run.seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.run.seed)
+        return system_module(config.model.system).build(config.model, config.data.image_size, num_classes)
+
+
+def _modules() -> dict[str, ModuleType]:
+    return {name: importlib.import_module(f"{__name__}.{name}") for _, name, _ in pkgutil.iter_modules(__path__)}

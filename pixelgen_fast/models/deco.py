@@ -18,15 +18,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pixelgen_fast.models.layers import PatchEmbed, TimestepEmbedder, rope_2d
-from pixelgen_fast.models.pixeldit import PatchBlock, PatchTransformer
+from pixelgen_fast.errors import InputError
+from pixelgen_fast.layers import PatchEmbed, TimestepEmbedder, rope_2d, small_, unpatchify, zero_
+from pixelgen_fast.models import system
+from pixelgen_fast.models.blocks import TransformerBlock
+from pixelgen_fast.models.pixeldit import PatchTransformer
 
 FREQUENCIES = 8
 EPS = 1e-6
 
 
 @dataclass
-class Config:
+class Settings(system.Settings):
     """Size of a DeCo. The defaults are XL/16."""
 
     system: str = "deco"
@@ -82,38 +85,27 @@ class DecoderBlock(nn.Module):
 
 
 class DeCo(PatchTransformer):
-    """forward(z [B, 3, S, S], t [B] in [0, 1], y int64 [B]) -> [B, 3, S, S]; y = num_classes is the null class.
+    """The System of this module."""
 
-    With tap = k, from 1 to tap_depth, it returns a pair, whose second is the token stream after patch block k
-    [B, L, D], for feature alignment. Raises ValueError for other images or another tap.
-    """
-
-    system = "DeCo"
-
-    def __init__(self, config: Config, image_size: int, num_classes: int) -> None:
-        super().__init__()
-        p, D, C = config.patch_size, config.hidden_size, config.decoder_width
-        if image_size % p:
-            raise ValueError(f"data.image_size {image_size} does not divide into model.patch_size {p} patches")
-        if min(config.patch_depth, config.decoder_depth) < 1:
-            raise ValueError(
-                f"model.patch_depth {config.patch_depth} and model.decoder_depth {config.decoder_depth} "
+    def __init__(self, settings: Settings, image_size: int, num_classes: int) -> None:
+        super().__init__(settings, image_size, num_classes, tap_depth=settings.patch_depth)
+        p, D, C = settings.patch_size, settings.hidden_size, settings.decoder_width
+        if min(settings.patch_depth, settings.decoder_depth) < 1:
+            raise InputError(
+                f"model.patch_depth {settings.patch_depth} and model.decoder_depth {settings.decoder_depth} "
                 "must be at least 1"
             )
-        self.patch_size, self.grid = p, image_size // p
-        self.image_size, self.num_classes = image_size, num_classes
-        self.hidden_size, self.tap_depth = D, config.patch_depth
         self.patch_embed = PatchEmbed(p, D)
         self.pixel_embed = PixelEmbed(C)
         self.t_embed = TimestepEmbedder(D, max_period=10.0)
         self.y_embed = nn.Embedding(num_classes + 1, D)
-        self.patch_blocks = nn.ModuleList(PatchBlock(D, config.num_heads) for _ in range(config.patch_depth))
+        self.patch_blocks = nn.ModuleList(TransformerBlock(D, settings.num_heads) for _ in range(settings.patch_depth))
         self.condition = nn.Linear(D, p**2 * C)
         self.pixel_proj = nn.Linear(C, C)
-        self.decoder_blocks = nn.ModuleList(DecoderBlock(C) for _ in range(config.decoder_depth))
+        self.decoder_blocks = nn.ModuleList(DecoderBlock(C) for _ in range(settings.decoder_depth))
         self.head = nn.Sequential(nn.LayerNorm(C, eps=EPS, elementwise_affine=False), nn.Linear(C, 3))
 
-        cos, sin = rope_2d(self.grid, self.grid, D // config.num_heads)
+        cos, sin = rope_2d(self.grid, self.grid, self.head_dim)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
         self.register_buffer("pixel_place", cosines_2d(p), persistent=False)
@@ -123,29 +115,23 @@ class DeCo(PatchTransformer):
         """Zero head and decoder modulation, so that the first output is 0; unlike PixelDiT's, the patch blocks act."""
         nn.init.xavier_uniform_(self.patch_embed.weight)
         nn.init.zeros_(self.patch_embed.bias)
-        nn.init.normal_(self.y_embed.weight, std=0.02)
-        nn.init.normal_(self.t_embed.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embed.mlp[2].weight, std=0.02)
-        for linear in (self.head[1], *(block.modulation for block in self.decoder_blocks)):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        small_(self.y_embed.weight, self.t_embed.mlp[0].weight, self.t_embed.mlp[2].weight)
+        zero_([self.head[1], *(block.modulation for block in self.decoder_blocks)])
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor, tap: int | None = None) -> Tensor | tuple[Tensor, Tensor]:
-        if z.shape[1:] != (3, self.image_size, self.image_size):
-            wanted = [3, self.image_size, self.image_size]
-            raise ValueError(f"DeCo was built for images [B, *{wanted}], got [B, *{list(z.shape[1:])}]")
+        self.check_images(z)
+        self.check_tap(tap)
         t_BD = self.t_embed(t)
         tokens, pixels = self.patch_embed(z)
         s_BLD, tapped = self.patch_stage(tokens, F.silu(t_BD + self.y_embed(y)), tap)
-        prediction = self.unpatchify(self.decode(pixels, F.silu(t_BD[:, None] + s_BLD)))
+        pixels_NP3 = self.decode(pixels, F.silu(t_BD[:, None] + s_BLD))
+        prediction = unpatchify(pixels_NP3, self.grid, self.patch_size)
         return prediction if tap is None else (prediction, tapped)
 
     def blocks(self) -> list[nn.Module]:
-        """The modules that recomputation and compilation take one by one."""
         return [*self.patch_blocks, *self.decoder_blocks]
 
     def whole_modules(self) -> list[nn.Module]:
-        """The modules that read parameters of children which they do not call: ZeRO-3 must gather each as a whole."""
         return [*self.patch_blocks]
 
     def decode(self, pixels_BLP3: Tensor, s_BLD: Tensor) -> Tensor:
@@ -156,11 +142,7 @@ class DeCo(PatchTransformer):
             x_NPC = block(x_NPC, y_NPC)
         return self.head(x_NPC)
 
-    def unpatchify(self, pixels_NP3: Tensor) -> Tensor:
-        n, p = self.grid, self.patch_size
-        return rearrange(pixels_NP3, "(B h w) (p q) C -> B C (h p) (w q)", h=n, w=n, p=p, q=p)
 
-
-def build(config: Config, image_size: int, num_classes: int) -> DeCo:
+def build(settings: Settings, image_size: int, num_classes: int) -> DeCo:
     """The model of a configuration, with fresh weights."""
-    return DeCo(config, image_size, num_classes)
+    return DeCo(settings, image_size, num_classes)

@@ -16,18 +16,27 @@ import torch
 from PIL import Image
 from pixelgen_kernels import philox
 
+from pixelgen_fast.config import Data
 from pixelgen_fast.data import Batch
 from pixelgen_fast.data.crop import centre_crop
 from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.data.encoded import UnreadableImage, to_rgb
-from pixelgen_fast.data.index import open_index, position
+from pixelgen_fast.data.index import open_index
+from pixelgen_fast.data.order import Order, position
 
-PLAIN = {"seed": 5, "size": 12, "crop": "none", "workers": 0, "threads": 1}
+SEED = 5
+PLAIN = {"image_size": 12, "crop": "none", "workers": 0, "threads": 1}
+ORDER = {"seed": SEED, "global_batch": 4, "micro_batch": 4}
 
 
-def take(root, count, **settings) -> list[Batch]:
-    settings = PLAIN | {"global_batch": 4, "micro_batch": 4} | settings
-    with Loader(open_index(root), **settings) as loader:
+def loader_of(root, device="cpu", decoder=None, **changes) -> Loader:
+    """A loader over a data set; changes: of its order and of its settings."""
+    order = {key: changes.pop(key, value) for key, value in (ORDER | dict(rank=0, world=1, start=0)).items()}
+    return Loader(open_index(root), Order(**order), Data(**(PLAIN | changes)), device, decoder)
+
+
+def take(root, count, **changes) -> list[Batch]:
+    with loader_of(root, **changes) as loader:
         return [next(loader) for _ in range(count)]
 
 
@@ -41,8 +50,8 @@ def same(a: Batch, b: Batch) -> bool:
 
 def by_index(root, size, count, **settings) -> np.ndarray:
     """The images of the first epoch in index order, as numpy."""
-    batch = take(root, 1, size=size, global_batch=count, micro_batch=count, **settings)[0]
-    order = [position(PLAIN["seed"], n, count) for n in range(count)]
+    batch = take(root, 1, image_size=size, global_batch=count, micro_batch=count, **settings)[0]
+    order = [position(SEED, n, count) for n in range(count)]
     images = np.empty_like(batch.images.numpy())
     images[order] = batch.images.numpy()
     return images
@@ -95,7 +104,7 @@ def test_flip_mirrors_the_images_whose_number_says_so(tmp_path, make_photo):
 
 
 def test_batches_stay_as_they_were_when_more_are_drawn(small_tree):
-    with Loader(open_index(small_tree), global_batch=4, micro_batch=4, **PLAIN) as loader:
+    with loader_of(small_tree) as loader:
         first = next(loader)
         kept = first.images.clone()
         for _ in range(6):
@@ -294,8 +303,8 @@ REPLACED = {0: 3, 1: 3, 2: 3, 5: 6, 12: 14, 13: 14, 18: 3, 19: 3}
 
 
 def test_unreadable_images_are_replaced_by_the_next_good_one(damaged, make_photo, caplog):
-    settings = PLAIN | {"size": 32, "global_batch": 8, "micro_batch": 8}
-    with caplog.at_level(logging.WARNING), Loader(open_index(damaged), **settings) as loader:
+    settings = {"image_size": 32, "global_batch": 8, "micro_batch": 8}
+    with caplog.at_level(logging.WARNING), loader_of(damaged, **settings) as loader:
         batches = [next(loader) for _ in range(5)]
     good = {k: np.asarray(Image.open(p).convert("RGB")) for k, p in enumerate(sorted(damaged.iterdir()))
             if k not in REPLACED}  # fmt: skip
@@ -310,19 +319,19 @@ def test_unreadable_images_are_replaced_by_the_next_good_one(damaged, make_photo
 
 
 def test_replacement_does_not_depend_on_batches_ranks_or_resuming(damaged):
-    plain = joined(take(damaged, 3, size=32, global_batch=12, micro_batch=12))
-    resumed = joined(take(damaged, 2, size=32, global_batch=12, micro_batch=6, start=24))
+    plain = joined(take(damaged, 3, image_size=32, global_batch=12, micro_batch=12))
+    resumed = joined(take(damaged, 2, image_size=32, global_batch=12, micro_batch=6, start=24))
     assert same(resumed, Batch(*(x[24:36] for x in plain)))
-    ranks = [take(damaged, 3, size=32, global_batch=12, micro_batch=6, rank=r, world=2) for r in range(2)]
+    ranks = [take(damaged, 3, image_size=32, global_batch=12, micro_batch=6, rank=r, world=2) for r in range(2)]
     for step in range(3):
         both = joined([rank[step] for rank in ranks])
         assert same(both, Batch(*(x[12 * step : 12 * step + 12] for x in plain)))
 
 
 def test_reader_processes_give_the_same_batches_through_damage_and_interrupts(damaged):
-    settings = PLAIN | {"size": 32, "global_batch": 20, "micro_batch": 20}
+    settings = {"image_size": 32, "global_batch": 20, "micro_batch": 20}
     here = take(damaged, 6, **settings)
-    with Loader(open_index(damaged), **settings | {"workers": 1}) as loader:
+    with loader_of(damaged, **settings, workers=1) as loader:
         there = [next(loader) for _ in range(2)]
         (reader,) = multiprocessing.active_children()
         os.kill(reader.pid, signal.SIGINT)  # as Ctrl-C does; readers leave it to the trainer
@@ -335,9 +344,12 @@ def test_reader_processes_give_the_same_batches_through_damage_and_interrupts(da
 ORPHAN = """
 import multiprocessing, os, sys
 if __name__ == "__main__":
+    from pixelgen_fast.config import Data
     from pixelgen_fast.data.dali import Loader
     from pixelgen_fast.data.index import open_index
-    loader = Loader(open_index(sys.argv[1]), seed=0, size=12, global_batch=2, micro_batch=2, crop="none", workers=1)
+    from pixelgen_fast.data.order import Order
+    settings = Data(image_size=12, crop="none", workers=1)
+    loader = Loader(open_index(sys.argv[1]), Order(seed=0, global_batch=2, micro_batch=2), settings)
     next(loader)
     print(multiprocessing.active_children()[0].pid, flush=True)
     os.kill(os.getpid(), 9)
@@ -379,9 +391,9 @@ def test_crop_none_names_the_image_of_another_size(small_tree, workers):
     [
         ({"global_batch": 10, "micro_batch": 4}, "global_batch 10 is not a multiple of micro_batch 4 x 1 ranks = 4"),
         ({"global_batch": 4, "micro_batch": 4, "world": 2}, "4 x 2 ranks = 8"),
-        ({"rank": 1}, "rank 1 from 0"),
+        ({"rank": 1}, "rank 1 must lie from 0 to 0"),
         ({"start": -1}, "start -1"),
-        ({"size": 0}, "size 0"),
+        ({"image_size": 0}, "image_size 0"),
         ({"crop": "left"}, "crop 'left' is none of adm, none"),
         ({"workers": -1}, "workers -1 must be at least 0"),
         ({"decoder": "gpu"}, "neither 'cpu' nor 'mixed'"),
@@ -397,7 +409,7 @@ def test_impossible_settings_are_refused_at_once(small_tree, settings, message):
 def test_gpu_batches_are_close_to_the_cpus(tmp_path, make_photo):
     for k in range(8):
         Image.fromarray(make_photo(150 + 40 * k, 200, k)).save(tmp_path / f"{k}.jpg", quality=95)
-    settings = {"size": SIZE, "crop": "adm", "global_batch": 8, "micro_batch": 4, "flip": True}
+    settings = {"image_size": SIZE, "crop": "adm", "global_batch": 8, "micro_batch": 4, "flip": True}
     cpu = joined(take(tmp_path, 2, **settings))
     for decoder, bound in (("cpu", 1.0), ("mixed", 2.0)):
         gpu = joined(take(tmp_path, 2, **settings, device="cuda", decoder=decoder))

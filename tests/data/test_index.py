@@ -8,7 +8,8 @@ from multiprocessing import get_context
 import numpy as np
 import pytest
 
-from pixelgen_fast.data.index import FolderIndex, PackedIndex, TarIndex, open_index, position
+from pixelgen_fast.data.index import FolderIndex, PackedIndex, TarIndex, open_index
+from pixelgen_fast.data.order import position
 
 
 @pytest.fixture

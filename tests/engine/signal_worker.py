@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 
-from pixelgen_fast.engine.signals import REQUEUE, StopRequest, shielded
+from pixelgen_fast.data.dali import interrupts_ignored
+from pixelgen_fast.engine.signals import REQUEUE, StopRequest, any_rank
 
 IGNORES = "import signal; print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
 
@@ -34,11 +35,11 @@ def started_child_ignores_interrupts() -> str:
 def main(task: str) -> int:
     with StopRequest() as stop:
         if task == "children":
-            with shielded():
+            with interrupts_ignored():
                 inside = started_child_ignores_interrupts()
             print(forked_child_ends_by(), inside, started_child_ignores_interrupts(), flush=True)
         print("ready", flush=True)
-        while not stop.agreed():
+        while not any_rank([stop.requested])[0]:
             time.sleep(0.02)
         if task == "linger":
             print("asked", flush=True)

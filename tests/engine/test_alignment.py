@@ -9,40 +9,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_reference import relative
-from small_teacher import write_teacher
+from support.golden import relative
+from support.runs import DIGITS, TINY, newest, rows, train
+from support.teachers import write_teacher
 from torch import Tensor
 
 from pixelgen_fast import config as cfg
+from pixelgen_fast import models
 from pixelgen_fast.cli import main
-from pixelgen_fast.data.index import PackedIndex, position
+from pixelgen_fast.data.index import PackedIndex
+from pixelgen_fast.data.order import position
 from pixelgen_fast.data.roots import open_root
-from pixelgen_fast.engine import generator
+from pixelgen_fast.dino.network import load_dino
+from pixelgen_fast.dino.teacher import Teacher
 from pixelgen_fast.engine.alignment import FeatureAlignment, alignment_loss, build_alignment, resize_tokens
-from pixelgen_fast.engine.checkpoint import checkpoints, read_weights
 from pixelgen_fast.engine.features import FeatureCache
-from pixelgen_fast.models.teacher import Teacher, load_dino
+from pixelgen_fast.runs import draw
+from pixelgen_fast.runs.checkpoint import read_weights
 
-DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
 V3 = "vit_small_patch16_dinov3"
 CPU = torch.device("cpu")
-TINY = ["model.hidden_size=36", "model.num_heads=3", "model.patch_depth=2", "model.pixel_depth=1",
-        "optimizer.schedule=constant", "optimizer.warmup_images=0", "optimizer.ema=[0.5]", "sample.steps=2",
-        "train.global_batch=16", "train.micro_batch=8", "log.every_images=16", "save.every_images=32",
-        "sample.grid_every_images=0", "log.tensorboard=false", f"alignment.teacher={V3}",
-        "alignment.layer=1"]  # fmt: skip
+OWN = ("model.patch_depth=2", "optimizer.warmup_images=0", "optimizer.ema=[0.5]", f"alignment.teacher={V3}",
+       "alignment.layer=1")  # fmt: skip
 
 
 def command(folder: Path, images: int, *overrides: str) -> list[str]:
-    return ["train", DIGITS, *TINY, f"run.dir={folder}", f"train.images={images}", *overrides]
-
-
-def rows(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def newest(folder: Path) -> Path:
-    return checkpoints(folder / "checkpoints")[0]
+    return train(folder, images, *OWN, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +126,7 @@ def test_what_a_checkpoint_holds(whole_run: Path) -> None:
     assert projector == {f"alignment.projector.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
     assert raw["alignment.projector.0.weight"].shape == (36, 36)
     assert raw["alignment.projector.4.weight"].shape == (48, 36)
-    own = generator.load(whole_run, "raw").model.state_dict()
+    own = draw.load(whole_run, "raw").model.state_dict()
     assert {name for name in raw if name.startswith("model.")} == {f"model.{name}" for name in own}
     averaged = read_weights(newest(whole_run), "ema_0.5")
     assert all(torch.equal(raw[name], averaged[name]) for name in projector)
@@ -152,7 +144,7 @@ def test_resume_is_bit_identical_and_export_loads(whole_run: Path, teacher_folde
     assert [row["loss"] for row in rows(folder)] == [row["loss"] for row in rows(whole_run)]
     assert main(["export", str(folder), str(tmp_path / "out")]) == 0
     labels = torch.arange(3)
-    assert torch.equal(generator.load(tmp_path / "out").draw(labels), generator.load(whole_run).draw(labels))
+    assert torch.equal(draw.load(tmp_path / "out").draw(labels), draw.load(whole_run).draw(labels))
 
 
 def test_resume_refuses_another_teacher(whole_run: Path, capsys: pytest.CaptureFixture) -> None:
@@ -194,26 +186,26 @@ def test_settings_that_do_not_fit(teacher_folder: Path, tmp_path: Path, capsys: 
     }
     for override, message in wrong.items():
         with pytest.raises(cfg.ConfigError, match=message):
-            cfg.load(DIGITS, [override], generator.model_schema)
+            cfg.load(DIGITS, [override], models.model_schema)
     with pytest.raises(cfg.ConfigError, match="alignment.teacher is null"):
-        cfg.load(DIGITS, [weights], generator.model_schema)
+        cfg.load(DIGITS, [weights], models.model_schema)
     with pytest.raises(cfg.ConfigError, match="set data.flip=false"):
-        cfg.load(DIGITS, ["alignment.teacher=x", "alignment.cache=y", "data.flip=true"], generator.model_schema)
+        cfg.load(DIGITS, ["alignment.teacher=x", "alignment.cache=y", "data.flip=true"], models.model_schema)
 
 
 def test_the_projector_is_a_function_of_the_seed(teacher_folder: Path) -> None:
-    overrides = [*TINY, f"alignment.weights={teacher_folder}", "alignment.projector_hidden=10"]
+    overrides = [*TINY, *OWN, f"alignment.weights={teacher_folder}", "alignment.projector_hidden=10"]
     index = open_root("digits")
 
     def projector(seed: int) -> Tensor:
-        config = cfg.load(DIGITS, [*overrides, f"run.seed={seed}"], generator.model_schema)
+        config = cfg.load(DIGITS, [*overrides, f"run.seed={seed}"], models.model_schema)
         torch.manual_seed(torch.seed())
-        return build_alignment(config, generator.build_model(config, 10), index, CPU).projector[2].weight
+        return build_alignment(config, models.build_model(config, 10), index, CPU).projector[2].weight
 
     assert projector(0).shape == (10, 10)
     assert torch.equal(projector(0), projector(0)) and not torch.equal(projector(0), projector(1))
-    config = cfg.load(DIGITS, [*overrides, "alignment.teacher=null", "alignment.weights=null"], generator.model_schema)
-    assert build_alignment(config, generator.build_model(config, 10), index, CPU) is None
+    config = cfg.load(DIGITS, [*overrides, "alignment.teacher=null", "alignment.weights=null"], models.model_schema)
+    assert build_alignment(config, models.build_model(config, 10), index, CPU) is None
 
 
 class Counted:

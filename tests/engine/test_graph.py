@@ -33,7 +33,7 @@ READS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is
 
 def objective(name: str) -> FlowMatching:
     system, settings, objective = MODELS[name]
-    return FlowMatching(system.build(system.Config(**settings), IMAGE, CLASSES), objective, 1, null_class=CLASSES)
+    return FlowMatching(system.build(system.Settings(**settings), IMAGE, CLASSES), objective, 1, null_class=CLASSES)
 
 
 def batch(number: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -88,6 +88,9 @@ def test_two_steps_in_a_row_are_the_same_operators(name: str, body: str) -> None
 class Reads(nn.Module):
     """The identity on images, with one number that goes through the host."""
 
+    fuses_loss = draws = False
+    grounding_drop = None
+
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return z * self.weight * float(t.sum())
 
@@ -131,7 +134,7 @@ def test_a_teacher_and_dropout_are_refused() -> None:
     with pytest.raises(cfg.ConfigError, match=r"alignment\.teacher"):
         graph.check_graph(config, torch.device("cuda"), 1, 1, aligned)
     system, settings, predict = MODELS["jit"]
-    model = system.build(system.Config(**settings, dropout=0.1), IMAGE, CLASSES)
+    model = system.build(system.Settings(**settings, dropout=0.1), IMAGE, CLASSES)
     with pytest.raises(cfg.ConfigError, match="dropout"):
         graph.check_graph(config, torch.device("cuda"), 1, 1, FlowMatching(model, predict, 1, null_class=CLASSES))
 

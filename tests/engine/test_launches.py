@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pixelgen_fast import config as cfg
-from pixelgen_fast.engine import generator
+from pixelgen_fast import models
 from pixelgen_fast.engine.launches import build_on_meta, optimizer_launches, step_launches
 from pixelgen_fast.engine.optimizer import AdamWEMA
 
@@ -35,7 +35,7 @@ SYSTEMS = [
 
 
 def load(name: str, *overrides: str) -> cfg.Config:
-    return cfg.load(CONFIGS / f"{name}.yaml", overrides, generator.model_schema)
+    return cfg.load(CONFIGS / f"{name}.yaml", overrides, models.model_schema)
 
 
 class OffMeta(TorchDispatchMode):

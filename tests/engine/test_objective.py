@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from golden_reference import relative
+from support.golden import relative
 from torch import nn
 
 from pixelgen_fast.config import Objective
@@ -10,11 +10,14 @@ from pixelgen_fast.engine.alignment import FeatureAlignment
 from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.models import pixeldit
 
-CONFIG = pixeldit.Config(hidden_size=24, num_heads=2, patch_depth=1, patch_size=4, pixel_hidden_size=8, pixel_depth=1)
+CONFIG = pixeldit.Settings(hidden_size=24, num_heads=2, patch_depth=1, patch_size=4, pixel_hidden_size=8, pixel_depth=1)
 
 
 class Opaque(nn.Module):
     """A model that offers its prediction only."""
+
+    fuses_loss = draws = False
+    grounding_drop = None
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -26,7 +29,7 @@ class Opaque(nn.Module):
 
 def random_model(**changes) -> pixeldit.PixelDiT:
     torch.manual_seed(0)
-    model = pixeldit.build(pixeldit.Config(**(vars(CONFIG) | changes)), 8, 3)
+    model = pixeldit.build(pixeldit.Settings(**(vars(CONFIG) | changes)), 8, 3)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     return model
@@ -78,7 +81,7 @@ def test_tapped_tokens_are_those_after_the_block() -> None:
         assert torch.equal(condition, handed[-1]), k
     model.patch_blocks = blocks
     for k in (0, 4):
-        with pytest.raises(ValueError, match=f"tap {k}: this PixelDiT has patch blocks 1 to 3"):
+        with pytest.raises(ValueError, match=f"tap {k}: this PixelDiT has blocks 1 to 3"):
             model(z, t, y, tap=k)
 
 
@@ -159,7 +162,7 @@ def test_the_frequency_loss_compares_velocities(predict: str) -> None:
 class Drawing(torch.nn.Module):
     """A generator that draws: dropout, and grounding which is handed to it."""
 
-    uses_randomness, grounding_drop = True, 0.5
+    draws, grounding_drop = True, 0.5
 
     def __init__(self) -> None:
         super().__init__()

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from pixelgen_fast.engine.optimizer import AdamWEMA, ema_key
+from pixelgen_fast.engine.optimizer import AdamWEMA
+from pixelgen_fast.runs.checkpoint import ema_key
 
 STEPS, LR, BETAS, EPS = 20, 2e-3, (0.9, 0.95), 1e-8
 DECAYS = (0.9, 0.999)

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_teacher import write_teacher
+from support.teachers import write_teacher
 from torch import nn
 
 from pixelgen_fast import config as cfg
-from pixelgen_fast.engine import generator
+from pixelgen_fast import models
 from pixelgen_fast.engine.parallel import wrap_blocks
 from pixelgen_fast.engine.plan import Plan, describe, plan, saved_bytes
 from pixelgen_fast.models import pixeldit
@@ -41,7 +41,7 @@ def test_saved_bytes_of_a_model_known_by_hand() -> None:
 
 def test_recomputation_keeps_less_and_less() -> None:
     """Whole blocks keep what passes between them; operators add their products; nothing recomputed adds the rest."""
-    config = pixeldit.Config(
+    config = pixeldit.Settings(
         hidden_size=24, num_heads=2, patch_depth=2, patch_size=4, pixel_hidden_size=8, pixel_depth=2
     )
     kept = []
@@ -54,7 +54,7 @@ def test_recomputation_keeps_less_and_less() -> None:
 
 
 def test_saved_bytes_per_image_do_not_depend_on_the_batch() -> None:
-    config = pixeldit.Config(
+    config = pixeldit.Settings(
         hidden_size=24, num_heads=2, patch_depth=1, patch_size=4, pixel_hidden_size=8, pixel_depth=1
     )
     with torch.device("meta"):
@@ -70,9 +70,9 @@ def test_a_teacher_is_counted_and_has_to_fit(tmp_path: Path) -> None:
     settings = [f"alignment.teacher={name}", f"alignment.weights={tmp_path / 't'}", "alignment.layer=2"]
 
     def planned(*overrides: str) -> tuple[Plan, cfg.Config]:
-        config = cfg.load(digits, [*settings, *overrides], generator.model_schema)
+        config = cfg.load(digits, [*settings, *overrides], models.model_schema)
         with torch.device("meta"):
-            model = generator.build_model(config, 10)
+            model = models.build_model(config, 10)
         return plan(model, config, "fp32"), config
 
     patches, tokens, width = 16, 21, 48

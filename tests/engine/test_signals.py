@@ -12,7 +12,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from pixelgen_fast.engine import signals
-from pixelgen_fast.engine.signals import REQUEUE, StopRequest
+from pixelgen_fast.engine.signals import REQUEUE, StopRequest, any_rank
 
 WORKER = Path(__file__).with_name("signal_worker.py")
 
@@ -67,7 +67,7 @@ def test_handlers_are_put_back():
     with StopRequest() as stop:
         assert not stop.requested and stop.name is None
         signal.raise_signal(signal.SIGTERM)
-        assert stop.requested and stop.name == "SIGTERM" and stop.agreed()
+        assert stop.requested and stop.name == "SIGTERM" and any_rank([stop.requested])[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
@@ -76,10 +76,10 @@ def rank(number: int, port: int) -> None:
         dist.destroy_process_group()
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
     with StopRequest() as stop:
-        assert not stop.agreed()
+        assert not any_rank([stop.requested])[0]
         if number == 1:
             signal.raise_signal(signal.SIGTERM)
-        assert stop.agreed(), "rank 0 stops because rank 1 was asked"
+        assert any_rank([stop.requested])[0], "rank 0 stops because rank 1 was asked"
     dist.destroy_process_group()
 
 

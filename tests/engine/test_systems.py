@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from small_teacher import write_teacher
+from support.teachers import write_teacher
 
 from pixelgen_fast import models
 from pixelgen_fast.cli import main
-from pixelgen_fast.engine import generator
-from pixelgen_fast.engine.checkpoint import checkpoints, read_weights
+from pixelgen_fast.dino import kept
+from pixelgen_fast.runs import draw
+from pixelgen_fast.runs.checkpoint import checkpoints, read_weights
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 V3 = "vit_small_patch16_dinov3_qkvb"
@@ -103,22 +104,22 @@ def test_all_commands(variant: str, teacher: Path, tmp_path: Path, capsys: pytes
     assert json.loads((broken / "evaluation.json").read_text())["report"]["generated"] == 20
     assert main(["export", str(broken), str(out)]) == 0
     labels = torch.arange(4)
-    drawn = generator.load(whole).draw(labels)
+    drawn = draw.load(whole).draw(labels)
     shutil.rmtree(broken)
-    exported = generator.load(out)
+    exported = draw.load(out)
     assert torch.equal(exported.draw(labels), drawn)
     assert drawn.float().std() > 0
     again = tmp_path / "again"
     assert main(["export", str(out), str(again)]) == 0
     shutil.rmtree(out)
-    assert torch.equal(generator.load(again).draw(labels), drawn)
+    assert torch.equal(draw.load(again).draw(labels), drawn)
     assert main(["sample", str(again), "--per-class", "1", "--classes", "3"]) == 0
 
 
 def test_a_copy_from_before_the_first_checkpoint_is_made_anew(teacher: Path, tmp_path: Path) -> None:
     """Without a checkpoint nothing depends on the copy, so it follows model.weights."""
     config, run = write_config(tmp_path / "config.yaml", "frozen student", teacher), tmp_path / "run"
-    stale = run / generator.DINO
+    stale = run / kept.DINO
     shutil.copytree(teacher, stale)
     state = stale / "model.safetensors"
     before = state.read_bytes()
@@ -134,7 +135,7 @@ def test_a_copy_that_cannot_be_written_is_said(
         raise OSError(28, "No space left on device")
 
     config = write_config(tmp_path / "config.yaml", "frozen student", teacher)
-    monkeypatch.setattr(generator, "copy_dino", full)
+    monkeypatch.setattr(kept, "copy_dino", full)
     assert main(["train", str(config), f"run.dir={tmp_path / 'run'}", "train.images=16"]) == 2
     said = capsys.readouterr().err
     assert "No space left on device" in said and str(tmp_path / "run" / "dino") in said

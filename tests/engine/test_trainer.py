@@ -16,25 +16,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from golden_reference import relative
 from PIL import Image
+from support.golden import relative
+from support.runs import DIGITS, newest, train
 
 from pixelgen_fast.cli import main
-from pixelgen_fast.engine import generator
-from pixelgen_fast.engine.checkpoint import checkpoints, read_state, read_weights
 from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.engine.signals import REQUEUE
+from pixelgen_fast.runs import draw
+from pixelgen_fast.runs.checkpoint import checkpoints, read_state, read_weights
 
-DIGITS = str(Path(__file__).parents[2] / "configs" / "digits.yaml")
 # An odd hidden size of the feed-forward layer (hidden 36: int(8/3 * 36) = 96) and 13 classes' worth of uneven shards.
-TINY = ["model.hidden_size=36", "model.num_heads=3", "model.patch_depth=1", "model.pixel_depth=1", "data.flip=true",
-        "optimizer.schedule=constant", "optimizer.warmup_images=32", "optimizer.ema=[0.5,0.9]", "sample.steps=2",
-        "train.global_batch=16", "train.micro_batch=8", "log.every_images=16", "save.every_images=32",
-        "sample.grid_every_images=0", "log.tensorboard=false"]  # fmt: skip
+OWN = ("model.patch_depth=1", "data.flip=true", "optimizer.warmup_images=32", "optimizer.ema=[0.5,0.9]")
 
 
 def command(folder: Path, images: int, *overrides: str) -> list[str]:
-    return ["train", DIGITS, *TINY, f"run.dir={folder}", f"train.images={images}", *overrides]
+    return train(folder, images, *OWN, *overrides)
 
 
 def start(launcher: list[str], folder: Path, images: int, *overrides: str) -> subprocess.Popen:
@@ -54,10 +51,6 @@ TORCHRUN = [
     "-m",
     "pixelgen_fast",
 ]
-
-
-def newest(folder: Path) -> Path:
-    return checkpoints(folder / "checkpoints")[0]
 
 
 def states(folder: Path) -> dict[str, torch.Tensor]:
@@ -159,20 +152,20 @@ def test_resume_refuses_what_does_not_fit(whole_run: Path, tmp_path: Path, capsy
 
 def test_exported_weights_draw_the_same_images(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     labels = torch.arange(4)
-    drawn = generator.load(whole_run).draw(labels)
+    drawn = draw.load(whole_run).draw(labels)
     assert main(["export", str(whole_run), str(tmp_path / "out")]) == 0
-    assert torch.equal(generator.load(tmp_path / "out").draw(labels), drawn)
-    raw = generator.load(whole_run, "raw")
-    assert not torch.equal(raw.model.head.linear.weight, generator.load(whole_run).model.head.linear.weight)
+    assert torch.equal(draw.load(tmp_path / "out").draw(labels), drawn)
+    raw = draw.load(whole_run, "raw")
+    assert not torch.equal(raw.model.head.linear.weight, draw.load(whole_run).model.head.linear.weight)
     assert main(["export", str(whole_run), str(tmp_path / "raw16"), "--weights", "raw", "--dtype", "bf16"]) == 0
-    assert generator.load(tmp_path / "raw16").model.head.linear.weight.dtype == torch.bfloat16
+    assert draw.load(tmp_path / "raw16").model.head.linear.weight.dtype == torch.bfloat16
     assert main(["export", str(whole_run), str(tmp_path / "out")]) == 2
     assert "not empty" in capsys.readouterr().err
     assert main(command(tmp_path / "tuned", 48, f"run.init={tmp_path / 'out'}")) == 0
 
 
 def test_samples_do_not_depend_on_the_batch(whole_run: Path) -> None:
-    drawer = generator.load(whole_run)
+    drawer = draw.load(whole_run)
     labels = torch.arange(7)
     together, alone = drawer.draw(labels, batch=7), drawer.draw(labels, batch=1)
     assert np.abs(together.numpy().astype(int) - alone.numpy().astype(int)).max() <= 1
@@ -245,7 +238,7 @@ def test_ten_bad_steps_in_a_row_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     Spoiled(48, 10_000).install(monkeypatch)
-    assert main(command(tmp_path / "run", 400, "save.keep=9")) == 2
+    assert main(command(tmp_path / "run", 400, "save.keep=9")) == 3
     error = capsys.readouterr().err
     assert "10 steps in a row" in error and "image 208" in error
     assert "last good checkpoint is" in error
@@ -266,7 +259,7 @@ def test_own_images_of_every_kind(tmp_path: Path, capfd: pytest.CaptureFixture) 
     small = ["model.hidden_size=36", "model.num_heads=3", "model.patch_depth=1", "model.pixel_depth=1",
              "train.images=32", "train.global_batch=16", "train.micro_batch=8", "optimizer.warmup_images=0",
              "log.every_images=16", "sample.steps=2", "log.tensorboard=false"]  # fmt: skip
-    config = str(Path(DIGITS).with_name("folder.yaml"))
+    config = str(DIGITS.with_name("folder.yaml"))
     assert main(["train", config, f"data.root={root}", f"run.dir={tmp_path / 'run'}", *small]) == 0
     assert "7 images in 2 classes" in capfd.readouterr().out
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

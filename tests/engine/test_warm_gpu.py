@@ -8,7 +8,7 @@ from pixelgen_kernels.report.warmup import warm
 from triton import knobs
 
 from pixelgen_fast import config as cfg
-from pixelgen_fast.engine import generator
+from pixelgen_fast import models
 from pixelgen_fast.engine.launches import step_launches
 from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.engine.optimizer import AdamWEMA
@@ -28,13 +28,13 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_a_step_after_warm_up_compiles_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = (f"train.micro_batch={BATCH}", *RUNS[name])
-    config = cfg.load(CONFIGS / f"{name}.yaml", settings, generator.model_schema)
+    config = cfg.load(CONFIGS / f"{name}.yaml", settings, models.model_schema)
     processors = torch.cuda.get_device_properties().multi_processor_count
     assert warm(step_launches(config, "bf16", multiprocessors=processors)) > 10
 
     compiled: list[str] = []
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, repr, **_: compiled.append(repr))
-    model = generator.build_model(config, 1000)
+    model = models.build_model(config, 1000)
     wrap_blocks(model.blocks(), recompute="none", compile_blocks=False)
     module = FlowMatching(model, config.objective, config.run.seed, 1000).to("cuda", torch.bfloat16)
     images = torch.zeros(BATCH, 256, 256, 3, dtype=torch.uint8, device="cuda")

@@ -16,14 +16,14 @@ from types import ModuleType, SimpleNamespace
 import torch
 from pixelgen_kernels import bodies
 from pixelgen_kernels.report.warmup import warm
-from small_teacher import write_teacher
+from support.teachers import write_teacher
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from pixelgen_fast import config as cfg
+from pixelgen_fast import models
 from pixelgen_fast.data import Batch
-from pixelgen_fast.engine import generator
 from pixelgen_fast.engine.launches import step_launches
 
 HERE = Path(__file__).parent
@@ -77,14 +77,17 @@ def warmed(config: cfg.Config, precision: str) -> set[str]:
 def started(config: cfg.Config, precision: str) -> set[str]:
     # launches do not depend on what is in the images, so that DALI need not be there
     sys.modules["pixelgen_fast.data.dali"] = SimpleNamespace(Loader=lambda *args, **settings: None)
-    from pixelgen_fast.engine import trainer
+    from pixelgen_fast.engine import assemble
+    from pixelgen_fast.engine.step import training_step
+    from pixelgen_fast.engine.trainer import Trainer
 
-    trainer.resolve_device = lambda config: (torch.device("cpu"), precision)
-    run = trainer.Trainer(config)
+    assemble.resolve_device = lambda config: (torch.device("cpu"), precision)
+    run = Trainer(config)
     found.clear()
     size, batch = config.data.image_size, config.train.micro_batch
     images = torch.zeros(batch, size, size, 3, dtype=torch.uint8)
-    run.train_step([Batch(images, *(torch.zeros(batch, dtype=torch.int64) for _ in range(2)))] * run.accumulation)
+    batches = [Batch(images, *(torch.zeros(batch, dtype=torch.int64) for _ in range(2)))] * run.order.accumulation
+    training_step(run.engine, run.parts.objective, batches, [0] * len(batches))
     return set(found)
 
 
@@ -104,7 +107,7 @@ def main(folder: Path) -> None:
     keys = {}
     for number, (variant, precision, overrides) in enumerate(runs):
         path = small.write_config(folder / f"{number}.yaml", variant, teacher)
-        config = cfg.load(path, [*overrides, f"run.dir={folder / str(number)}"], generator.model_schema)
+        config = cfg.load(path, [*overrides, f"run.dir={folder / str(number)}"], models.model_schema)
         name = " ".join([variant, precision, *overrides])
         keys[name] = {of.__name__: sorted(of(config, precision)) for of in (warmed, started)}
     (folder / "keys.json").write_text(json.dumps(keys))

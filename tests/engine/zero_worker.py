@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pixelgen_fast.engine import checkpoint
 from pixelgen_fast.engine.optimizer import AdamWEMA
 from pixelgen_fast.engine.zero import ZeroEngine, init_distributed
+from pixelgen_fast.runs import checkpoint
 
 STEPS, GLOBAL_BATCH, ACCUMULATION, CLIP, LR = 20, 8, 2, 0.7, 3e-3
 DECAYS = (0.9, 0.99)

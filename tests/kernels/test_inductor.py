@@ -7,9 +7,9 @@ one costs a second of the compiler.
 
 import pytest
 import torch
-from operator_runs import exact, inputs
 from pixelgen_kernels.registry import OPERATORS, Maker, differentiable, leaves, outputs, tensors
 from pixelgen_kernels.shapes import RAGGED
+from support.operator_runs import exact, inputs
 from torch._inductor import config
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from operator_runs import CASES, inputs, run
 from pixelgen_kernels.launch import Launch, Started, is_recording, multiprocessors, recording
 from pixelgen_kernels.registry import OPERATORS
 from pixelgen_kernels.shapes import RAGGED, XL
 from pixelgen_kernels.swiglu import CONFIGS, plan, swiglu
+from support.operator_runs import CASES, inputs, run
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from operator_runs import CASES, inputs, run
 from pixelgen_kernels.adamw_ema import adamw_ema_foreach, total_norm
 from pixelgen_kernels.bodies import forced
 from pixelgen_kernels.shapes import RAGGED
+from support.operator_runs import CASES, inputs, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only

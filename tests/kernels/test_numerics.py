@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from operator_runs import CASES, exact, inputs, run
 from pixelgen_kernels import registration, tuning
 from pixelgen_kernels.registry import OPERATORS, outputs
 from pixelgen_kernels.shapes import RAGGED, ModelShape
+from support.operator_runs import CASES, exact, inputs, run
 
 KERNELS = [name for name, operator in OPERATORS.items() if operator.configs]
 CONFIGS = [(name, config) for name in KERNELS for config in OPERATORS[name].configs]

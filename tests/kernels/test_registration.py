@@ -2,13 +2,13 @@
 
 import pytest
 import torch
-from operator_runs import CASES, inputs, run
 from pixelgen_kernels import bodies
 from pixelgen_kernels.launch import recording
 from pixelgen_kernels.registration import eager, kernels, operator
 from pixelgen_kernels.registry import OPERATORS
 from pixelgen_kernels.shapes import ModelShape
 from pixelgen_kernels.swiglu import swiglu
+from support.operator_runs import CASES, inputs, run
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode

@@ -2,10 +2,10 @@
 
 import pixelgen_kernels
 import pytest
-from operator_runs import CASES, inputs, run
 from pixelgen_kernels import bodies, philox
 from pixelgen_kernels.registry import OPERATORS, launches, work
 from pixelgen_kernels.shapes import MODELS, XL, ModelShape
+from support.operator_runs import CASES, inputs, run
 from torch.utils.flop_counter import FlopCounterMode
 
 KERNELS = [name for name, operator in OPERATORS.items() if operator.configs]

@@ -99,7 +99,7 @@ def starts(monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
 
 def objective(name: str) -> FlowMatching:
     system, settings, recompute, image = STEPS[name]
-    model = system.build(system.Config(**settings), image, CLASSES)
+    model = system.build(system.Settings(**settings), image, CLASSES)
     wrap_blocks(model.blocks(), recompute=recompute, compile_blocks=False)
     predict = Objective(predict="x", loss="v") if system is jit else Objective()
     return FlowMatching(model, predict, seed=5, null_class=CLASSES)

@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from finite_differences import check_gradient
-from torch import nn
+from support.finite_differences import check_gradient
+from support.models import batch, tiny_of
 
 from pixelgen_fast.config import Objective
 from pixelgen_fast.diffusion.loss import flow_loss
@@ -19,28 +19,13 @@ from pixelgen_fast.models import deco
 
 L = dict(hidden_size=1024, num_heads=16, patch_depth=22)
 XL = dict(hidden_size=1152, num_heads=16, patch_depth=28)
-TINY = dict(hidden_size=24, num_heads=2, patch_depth=2, patch_size=4, decoder_width=8, decoder_depth=2)
-
-
-def tiny(image_size: int = 16, randomise: bool = True, **changes) -> deco.DeCo:
-    torch.manual_seed(0)
-    model = deco.build(deco.Config(**(TINY | changes)), image_size, num_classes=3)
-    if randomise:
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def batch(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    z = torch.randn(2, 3, 16, 16, generator=generator, dtype=dtype)
-    return z, torch.rand(2, generator=generator, dtype=dtype), torch.tensor([0, 3])
+tiny = tiny_of("deco")
 
 
 @pytest.mark.parametrize(("size", "parameters"), [(L, 426_938_019), (XL, 682_282_851)])
 def test_published_parameter_counts(size: dict, parameters: int) -> None:
     with torch.device("meta"):
-        model = deco.build(deco.Config(**size), 256, 1000)
+        model = deco.build(deco.Settings(**size), 256, 1000)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
 
 
@@ -52,7 +37,7 @@ def test_published_flops_but_for_the_places(
     """The public code embeds the 64 cosines of a pixel's place in each of the 256 patches, this one in one patch."""
     monkeypatch.setenv("PIXELGEN_OPS", body)
     with torch.device("meta"):
-        model = deco.build(deco.Config(**size), 256, 1000)
+        model = deco.build(deco.Settings(**size), 256, 1000)
     saved = 255 * 256 * 2 * 64 * 32
     assert (forward_flops(model, 256) + saved) / 1e9 == pytest.approx(gflops, abs=0.005)
 
@@ -126,7 +111,7 @@ def test_tapped_tokens_are_those_after_the_block() -> None:
         model(z, t, y)
         assert torch.equal(F.silu(model.t_embed(t)[:, None] + tokens), handed[-1]), k
     for k in (0, 4):
-        with pytest.raises(ValueError, match=f"tap {k}: this DeCo has patch blocks 1 to 3"):
+        with pytest.raises(ValueError, match=f"tap {k}: this DeCo has blocks 1 to 3"):
             model(z, t, y, tap=k)
 
 
@@ -191,7 +176,7 @@ def test_the_loss_has_its_three_parts_and_reaches_every_weight() -> None:
 def test_it_learns_a_batch() -> None:
     """At the size of the digits: 60 steps of AdamW on one fixed batch bring its loss below half of the first."""
     torch.manual_seed(0)
-    config = deco.Config(hidden_size=96, num_heads=4, patch_depth=4, patch_size=4, decoder_width=16)
+    config = deco.Settings(hidden_size=96, num_heads=4, patch_depth=4, patch_size=4, decoder_width=16)
     model = deco.build(config, 16, num_classes=10)
     y = torch.arange(4)
     waves = torch.cos(torch.linspace(0, 3, 16)[None] * (1 + y[:, None]))

@@ -7,18 +7,19 @@ import pytest
 import timm
 import torch
 from einops import rearrange
-from golden_reference import relative
+from support.golden import relative
 from torch import Tensor, nn
 
 from pixelgen_fast import models
 from pixelgen_fast.diffusion.loss import flow_loss
 from pixelgen_fast.diffusion.path import add_noise
 from pixelgen_fast.diffusion.time import noise
+from pixelgen_fast.dino.network import load_dino, save_teacher
+from pixelgen_fast.dino.noisy import NoisyDino
+from pixelgen_fast.dino.teacher import Teacher
 from pixelgen_fast.engine.parallel import wrap_blocks
+from pixelgen_fast.layers import Noising
 from pixelgen_fast.models import dino_student
-from pixelgen_fast.models.dino import NoisyDino
-from pixelgen_fast.models.layers import Noising
-from pixelgen_fast.models.teacher import Teacher, load_dino, save_teacher
 
 V3, V3B, V2 = (
     "vit_small_patch16_dinov3.lvd1689m",
@@ -51,7 +52,7 @@ def student(folders: dict[str, Path], name: str = V3, grid: int = 4, **changes) 
 def tiny(folders: dict[str, Path], name: str = V3, randomise: bool = True, **changes) -> dino_student.DinoStudent:
     """A model whose trainable weights have no special value."""
     torch.manual_seed(0)
-    config = dino_student.Config(**(TINY | {"dino": name, "weights": str(folders[name])} | changes))
+    config = dino_student.Settings(**(TINY | {"dino": name, "weights": str(folders[name])} | changes))
     model = dino_student.build(config, 16, num_classes=3)
     if randomise:
         for parameter in model.parameters():
@@ -245,7 +246,7 @@ def test_blocks_of_the_dino_are_one_graph(folders: dict) -> None:
 def test_on_the_meta_device_no_weights_are_wanted() -> None:
     """As the trainer counts FLOPs; the published weights stay where they are."""
     with torch.device("meta"):
-        model = models.system("dino_student").build(dino_student.Config(), 256, 1000)
+        model = models.system_module("dino_student").build(dino_student.Settings(), 256, 1000)
         output = model(torch.empty(1, 3, 256, 256), torch.empty(1), torch.zeros(1, dtype=torch.int64))
     assert output.shape == (1, 3, 256, 256)
     assert sum(p.numel() for p in model.dino.parameters()) == 21_586_944 + 246_528

@@ -6,40 +6,25 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from finite_differences import check_gradient
+from support.finite_differences import check_gradient
+from support.models import batch, tiny_of
 from torch import nn
 
 from pixelgen_fast import config as cfg
-from pixelgen_fast import models
+from pixelgen_fast import layers, models
 from pixelgen_fast.cli import main
 from pixelgen_fast.config import Objective
-from pixelgen_fast.engine import generator
 from pixelgen_fast.engine.metrics import forward_flops
 from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.engine.parallel import wrap_blocks
-from pixelgen_fast.models import jit, layers
+from pixelgen_fast.models import jit
 
 CONFIGS = Path(__file__).parent.parent.parent / "configs"
 B = dict(hidden_size=768, num_heads=12, depth=12, bottleneck=128, context_start=4)
 L = dict(hidden_size=1024, num_heads=16, depth=24, bottleneck=128, context_start=8)
 H = dict(hidden_size=1280, num_heads=16, depth=32, bottleneck=256, context_start=10)
 G = dict(hidden_size=1664, num_heads=16, depth=40, bottleneck=256, context_start=10)
-TINY = dict(hidden_size=24, num_heads=2, depth=4, patch_size=4, bottleneck=6, context_length=3, context_start=1)
-
-
-def tiny(randomise: bool = True, **changes) -> jit.JiT:
-    torch.manual_seed(0)
-    model = jit.build(jit.Config(**(TINY | changes)), 16, num_classes=3)
-    if randomise:
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.2)
-    return model
-
-
-def batch(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    z = torch.randn(2, 3, 16, 16, generator=generator, dtype=dtype)
-    return z, torch.rand(2, generator=generator, dtype=dtype), torch.tensor([0, 3])
+tiny = tiny_of("jit")
 
 
 @pytest.mark.parametrize(
@@ -55,7 +40,7 @@ def batch(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tenso
 )
 def test_published_parameter_counts(size: dict, patch: int, pixels: int, parameters: int) -> None:
     with torch.device("meta"):
-        model = jit.build(jit.Config(**size, patch_size=patch), pixels, 1000)
+        model = jit.build(jit.Settings(**size, patch_size=patch), pixels, 1000)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
 
 
@@ -66,7 +51,7 @@ def test_flops_counted_on_the_public_code(
 ) -> None:
     monkeypatch.setenv("PIXELGEN_OPS", body)
     with torch.device("meta"):
-        model = jit.build(jit.Config(**size), 256, 1000)
+        model = jit.build(jit.Settings(**size), 256, 1000)
     assert forward_flops(model, 256) / 1e9 == pytest.approx(gflops, abs=0.005)
 
 
@@ -74,7 +59,7 @@ def test_flops_counted_on_the_public_code(
 def test_published_multiply_adds(size: dict, multiply_adds: int) -> None:
     """The paper prints whole 1e9 multiply-adds; G has no other published count."""
     with torch.device("meta"):
-        model = jit.build(jit.Config(**size), 256, 1000)
+        model = jit.build(jit.Settings(**size), 256, 1000)
     assert forward_flops(model, 256) / 2e9 == pytest.approx(multiply_adds, abs=1)
 
 
@@ -155,7 +140,7 @@ def test_null_class_is_one_more_class() -> None:
 
 def test_dropout_acts_in_the_middle_half_in_training_only() -> None:
     model = tiny(depth=8, dropout=0.5)
-    assert model.uses_randomness and not tiny().uses_randomness
+    assert model.draws and not tiny().draws
     dropped = [(b.attn.dropout, b.mlp.dropout) for b in model.transformer]
     assert dropped == [(0.0, 0.0)] * 2 + [(0.5, 0.5)] * 4 + [(0.0, 0.0)] * 2
     without, arguments = tiny(depth=8), batch()
@@ -299,11 +284,11 @@ def test_dry_run_of_a_shipped_configuration(
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("jit_*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configurations_follow_the_recipe(path: Path) -> None:
     """Noise grows with the image, the patch with it, and 5 epochs of 1,281,167 images warm up 600."""
-    config = cfg.load(path, [], generator.model_schema)
+    config = cfg.load(path, [], models.model_schema)
     assert config.objective.noise_scale == config.data.image_size / 256 == config.model.patch_size / 16
     assert (config.optimizer.warmup_images, config.train.images) == (5 * 1_281_167, 600 * 1_281_167)
     cfg.check_world(config, 8)
 
 
 def test_the_system_is_known_by_its_name() -> None:
-    assert models.system("jit").Config is jit.Config
+    assert models.system_module("jit").Settings is jit.Settings

@@ -3,27 +3,18 @@
 import pytest
 import torch
 from einops import rearrange
-from finite_differences import check_gradient
-from torch import nn
+from support.finite_differences import check_gradient
+from support.models import tiny_of
 from torch.utils.flop_counter import FlopCounterMode
 
-from pixelgen_fast import models
+from pixelgen_fast import layers, models
 from pixelgen_fast.engine.parallel import wrap_blocks
-from pixelgen_fast.models import layers, pixeldit
+from pixelgen_fast.models import pixeldit
 
 B = dict(hidden_size=768, num_heads=12, patch_depth=12, pixel_depth=2)
 L = dict(hidden_size=1024, num_heads=16, patch_depth=22, pixel_depth=4)
 XL = dict(hidden_size=1152, num_heads=16, patch_depth=26, pixel_depth=4)
-TINY = dict(hidden_size=24, num_heads=2, patch_depth=2, patch_size=4, pixel_hidden_size=8, pixel_depth=2)
-
-
-def tiny(image_size: int = 16, randomise: bool = True, **changes) -> pixeldit.PixelDiT:
-    torch.manual_seed(0)
-    model = pixeldit.build(pixeldit.Config(**(TINY | changes)), image_size, num_classes=3)
-    if randomise:
-        for parameter in model.parameters():
-            nn.init.normal_(parameter, std=0.2)
-    return model
+tiny = tiny_of("pixeldit")
 
 
 @pytest.mark.parametrize(
@@ -39,7 +30,7 @@ def tiny(image_size: int = 16, randomise: bool = True, **changes) -> pixeldit.Pi
 )
 def test_published_parameter_counts(size: dict, post: bool, parameters: int) -> None:
     with torch.device("meta"):
-        model = pixeldit.build(pixeldit.Config(**size, post_modulation=post), 256, 1000)
+        model = pixeldit.build(pixeldit.Settings(**size, post_modulation=post), 256, 1000)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
 
 
@@ -51,7 +42,7 @@ def test_published_flops(size: dict, pixels: int, gflops: float, body: str, monk
     """Counted by operator, also where the operators are ours."""
     monkeypatch.setenv("PIXELGEN_OPS", body)
     with torch.device("meta"):
-        model = pixeldit.build(pixeldit.Config(**size), pixels, 1000)
+        model = pixeldit.build(pixeldit.Settings(**size), pixels, 1000)
         arguments = torch.empty(1, 3, pixels, pixels), torch.empty(1), torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*arguments)
@@ -172,4 +163,4 @@ def test_sizes_that_cannot_work_are_refused() -> None:
 
 def test_unknown_system_lists_the_valid_ones() -> None:
     with pytest.raises(ValueError, match="unknown system 'dit'; valid: .*pixeldit"):
-        models.system("dit")
+        models.system_module("dit")

@@ -8,12 +8,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from golden_reference import relative
+from support.golden import relative
 from torch import Tensor, nn
 
+from pixelgen_fast.dino.network import load_dino, save_teacher
 from pixelgen_fast.engine.parallel import wrap_blocks
 from pixelgen_fast.models import pixeldit2
-from pixelgen_fast.models.teacher import load_dino, save_teacher
 
 V3 = "vit_small_patch16_dinov3_qkvb.lvd1689m"
 SMALL = dict(embed_dim=32, depth=2, num_heads=2, patch_size=4, img_size=16)
@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tiny(folder: Path, randomise: bool = True, **changes) -> pixeldit2.PixelDiT2:
     torch.manual_seed(0)
-    model = pixeldit2.build(pixeldit2.Config(**(TINY | {"weights": str(folder)} | changes)), 16, num_classes=3)
+    model = pixeldit2.build(pixeldit2.Settings(**(TINY | {"weights": str(folder)} | changes)), 16, num_classes=3)
     if randomise:
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=0.2)
@@ -190,7 +190,7 @@ def test_dropout_acts_in_the_middle_half_and_in_training_alone(folder: Path) -> 
     model = tiny(folder)
     assert [block.attn.dropout for block in model.patch_blocks] == [0.0, 0.2, 0.2, 0.0]
     assert [block.mlp.dropout for block in model.patch_blocks] == [0.0, 0.2, 0.2, 0.0]
-    assert model.uses_randomness and not tiny(folder, dropout=0.0).uses_randomness
+    assert model.draws and not tiny(folder, dropout=0.0).draws
     assert not torch.equal(model(*batch()), model(*batch()))
     model.eval()
     assert torch.equal(model(*batch()), model(*batch()))
@@ -200,7 +200,7 @@ def test_dropout_acts_in_the_middle_half_and_in_training_alone(folder: Path) -> 
 def test_parameter_counts(size: dict, billions: float | None) -> None:
     """A block has 4 D^2 + D of attention, 3 D h of SwiGLU, 6 D^2 + 6 D of modulation, two norms of D and two of d.
     H has about 0.99 B (facts of its sizes; nothing more exact is published)."""
-    config = pixeldit2.Config(**size)
+    config = pixeldit2.Settings(**size)
     with torch.device("meta"):
         model = pixeldit2.build(config, 256, 1000)
     D, d, h = config.hidden_size, config.hidden_size // config.num_heads, int(8 * config.hidden_size / 3)

@@ -3,8 +3,8 @@
     Started + architecture -> Triton -> cubin -> cuobjdump (registers, stack) and nvdisasm (instructions) -> Compiled
 
 An answer is stored under the hash of everything it depends on: the kernel's source with all that it calls, the launch's
-key, architecture, Triton's version and this analysis itself. The store is $PIXELGEN_CACHE, or
-~/.cache/pixelgen_kernels. Compilation runs in processes of its own, because a compile holds the interpreter's lock.
+key, architecture, Triton's version and this analysis itself.
+Compilation runs in processes of its own, because a compile holds the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -114,8 +114,10 @@ def key(started: Started, arch: int) -> str:
 
 
 def store() -> Path:
-    """Folder of the stored answers."""
-    return Path(os.environ.get("PIXELGEN_CACHE", Path.home() / ".cache" / "pixelgen_kernels"))
+    """Folder of the stored answers: kernels/ in the cache of this software."""
+    if named := os.environ.get("PIXELGEN_CACHE"):
+        return Path(named).expanduser() / "kernels"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pixelgen_fast" / "kernels"
 
 
 def tool(name: str) -> str:

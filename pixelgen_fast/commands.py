@@ -1,0 +1,236 @@
+"""What each command of the command line does: from its arguments to the rooms that do the work, and a line or two back.
+
+Each returns its exit code. Heavy modules are imported by the command that needs them, so that help is at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from dataclasses import fields
+from pathlib import Path
+
+from pixelgen_fast import config as cfg
+from pixelgen_fast import errors
+from pixelgen_fast.runs.folder import RunFolder
+
+_SAMPLING = [field.name for field in fields(cfg.Sampling)]
+
+
+def train(args: argparse.Namespace) -> int:
+    from pixelgen_fast import models
+
+    config = cfg.load(args.config, args.overrides, models.model_schema)
+    if args.dry_run:
+        return dry_run(config)
+    if args.local_rank is not None:
+        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    from pixelgen_fast.engine.trainer import Trainer
+
+    return Trainer(config).run()
+
+
+def dry_run(config: cfg.Config) -> int:
+    import torch
+
+    from pixelgen_fast import models
+    from pixelgen_fast.data.roots import open_root
+    from pixelgen_fast.engine import plan
+    from pixelgen_fast.engine.parallel import wrap_blocks
+
+    with torch.device("meta"):
+        model = models.build_model(config, config.data.num_classes or len(open_root(config.data.root).classes))
+    wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=False)
+    precision = config.train.precision
+    if precision == "auto":
+        precision = "fp32" if config.run.device == "cpu" else "bf16"
+    print(cfg.to_yaml(config))
+    print(plan.describe(plan.plan(model, config, precision), config, precision))
+    return 0
+
+
+def sample(args: argparse.Namespace) -> int:
+    import torch
+    from PIL import Image
+    from tqdm import tqdm
+
+    from pixelgen_fast.eval.grid import save_grid
+    from pixelgen_fast.runs import draw
+
+    loaded = draw.load(args.run, args.weights, _device(args))
+    chosen = _class_numbers(args.classes, loaded.classes)
+    labels = torch.tensor(chosen).repeat_interleave(args.per_class)
+    out = Path(args.out or RunFolder(Path(args.run)).generated)
+    images = loaded.draw(labels, progress=True, **_sampling(args))
+    for number, image in enumerate(tqdm(images.numpy(), desc="write", unit="img")):
+        folder = out / loaded.classes[int(labels[number])]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(folder / f"{number:06d}.png")
+    names = [loaded.classes[c] for c in chosen]
+    grid = save_grid(images.numpy(), out / "grid.png", columns=args.per_class, row_titles=names)
+    print(f"{len(images)} images in {out}, all of them on {grid}")
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    import torch
+
+    from pixelgen_fast.runs import draw
+
+    loaded = draw.load(args.run, args.weights, _device(args))
+    digits = loaded.config.data.root == "digits"
+    count = args.samples or (1000 if digits else 50_000)
+    # Equal numbers of every class: random labels cost about 0.1 FID.
+    labels = torch.arange(count) % len(loaded.classes)
+    if not digits and args.reference is None:
+        raise errors.InputError(
+            "evaluating images other than the digits needs --reference, a folder of images or a statistics .npz"
+        )
+    if not digits:
+        from pixelgen_fast.eval.fid import check_reference
+
+        check_reference(args.reference, weights=args.inception)
+    images = loaded.draw(labels, progress=True, **_sampling(args))
+    if digits:
+        from pixelgen_fast.eval.digits import evaluate_digits
+
+        report = evaluate_digits(images, labels)
+    else:
+        from pixelgen_fast.eval.fid import evaluate_fid
+
+        report = evaluate_fid(images, args.reference, weights=args.inception, device=_device(args), progress=True)
+    settings = {name: getattr(loaded.config.sample, name) for name in _SAMPLING} | _sampling(args)
+    del settings["batch"]  # the images do not depend on it
+    settings |= {"weights": loaded.weights, "nimg": loaded.nimg}
+    print(f"{args.run}: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
+    print("\n".join(report.lines()))
+    out = Path(args.out or RunFolder(Path(args.run)).evaluation)
+    out.write_text(json.dumps({"settings": settings, "report": report.as_dict()}, indent=2) + "\n")
+    return 0
+
+
+def export(args: argparse.Namespace) -> int:
+    import torch
+
+    from pixelgen_fast.runs import draw, export
+
+    loaded = draw.load(args.run, args.weights)
+    model = loaded.model.to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    out = Path(args.out)
+    export.export(out, model.state_dict(), loaded.config, loaded.classes, loaded.weights, loaded.nimg)
+    draw.load(out)
+    print(f"{out}: model.safetensors ({loaded.weights}, {args.dtype}) and config.json, read back")
+    return 0
+
+
+def import_published(args: argparse.Namespace) -> int:
+    from pixelgen_fast import interop, models
+    from pixelgen_fast.runs import draw, export
+
+    published = interop.read_published(Path(args.file), args.system, args.weights)
+    state, model, num_classes = interop.native(args.system, published)
+    trained_at = interop.image_size(args.system, published)
+    if None not in (trained_at, args.image_size) and trained_at != args.image_size:
+        raise errors.InputError(
+            f"--image-size {args.image_size}: {args.file} was made for {trained_at} pixels; leave it out"
+        )
+    image_size = trained_at or args.image_size or 256
+    values = {
+        "model": vars(model),
+        "data": {"image_size": image_size, "num_classes": num_classes, "root": "imported"},
+        **interop.settings(args.system, model, image_size),
+    }
+    config = cfg.from_dict(values, models.model_schema)
+    export.export(Path(args.out), state, config, [str(i) for i in range(num_classes)], args.weights, 0)
+    draw.load(args.out)
+    print(f"{args.out}: {len(state)} tensors of {args.file}; draw with pixelgen sample {args.out}")
+    return 0
+
+
+def teacher(args: argparse.Namespace) -> int:
+    from pixelgen_fast.distill import schema, train
+
+    print("\n".join(train.train(schema.load(args.config, args.overrides)).lines()))
+    return 0
+
+
+def compare(args: argparse.Namespace) -> int:
+    from pixelgen_fast.compare import run, schema
+    from pixelgen_fast.engine.signals import REQUEUE
+
+    page = run.run(schema.load(args.config, args.overrides, quick=args.quick))
+    if page is None:
+        print("stopped by a signal; the same command goes on from here")
+        return REQUEUE
+    print(f"{page}, and {page.with_suffix('.md')}")
+    return 0
+
+
+def data_scan(args: argparse.Namespace) -> int:
+    from pixelgen_fast.data.tools import scan
+
+    print("\n".join(scan(args.root, out=args.out).lines()))
+    return 0
+
+
+def data_pack(args: argparse.Namespace) -> int:
+    from pixelgen_fast.data.tools import pack
+
+    print(pack(args.root, args.out, size=args.size, crop=args.crop, upright=args.upright))
+    return 0
+
+
+def kernels_report(args: argparse.Namespace) -> int:
+    from pixelgen_kernels.report.command import main
+
+    return main(args.arguments)
+
+
+def kernels_build(args: argparse.Namespace) -> int:
+    from pixelgen_kernels import build
+
+    return build.main()
+
+
+def kernels_warmup(args: argparse.Namespace) -> int:
+    import torch
+    from pixelgen_kernels.report.warmup import warmup
+
+    from pixelgen_fast import models
+    from pixelgen_fast.engine.launches import step_launches
+
+    config = cfg.load(args.config, args.overrides, models.model_schema)
+    precision = "fp32" if config.train.precision == "fp32" else "bf16"
+    gpu = {}
+    if torch.cuda.is_available():
+        gpu["multiprocessors"] = torch.cuda.get_device_properties().multi_processor_count
+    print(warmup(step_launches(config, precision, **gpu), Path(args.config).stem))
+    return 0
+
+
+def _device(args: argparse.Namespace) -> str:
+    """Where to draw. Raises ValueError where the operators that were asked for cannot run there."""
+    from pixelgen_kernels.bodies import choose_body
+
+    from pixelgen_fast.device import choose_device
+
+    device = choose_device(args.device or "auto")
+    choose_body(device.type)
+    return str(device)
+
+
+def _sampling(args: argparse.Namespace) -> dict:
+    chosen = {name: getattr(args, name) for name in _SAMPLING}
+    return {k: tuple(v) if k == "interval" else v for k, v in chosen.items() if v is not None}
+
+
+def _class_numbers(names: list[str] | None, classes: list[str]) -> list[int]:
+    if names is None:
+        return list(range(min(10, len(classes))))
+    for name in names:
+        if name not in classes:
+            raise errors.InputError(
+                f"--classes {name}: no such class; there are {', '.join(classes[:20])}{' ...' * (len(classes) > 20)}"
+            )
+    return [classes.index(name) for name in names]

@@ -1,0 +1,71 @@
+"""Runs a comparison: the teacher, then every variant with every seed, each trained and judged by the usual commands.
+
+Seeds come outermost, so that a comparison that is stopped holds every variant equally often. A run that has been judged
+is not made again; one that was stopped goes on. Each run is a process of its own, so none inherits another's state.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from pixelgen_kernels.bodies import choose_body
+from tqdm import tqdm
+
+from pixelgen_fast import config as cfg
+from pixelgen_fast import errors
+from pixelgen_fast.compare.page import write_page
+from pixelgen_fast.compare.schema import Compare, run_config, run_folder, teacher_folder
+from pixelgen_fast.engine.assemble import resolve_device
+from pixelgen_fast.engine.signals import REQUEUE
+from pixelgen_fast.errors import UserError
+from pixelgen_fast.runs.folder import RunFolder
+
+
+class CompareError(UserError, RuntimeError):
+    """A run of the comparison failed; the message names it and shows its last words."""
+
+
+def run(compare: Compare) -> Path | None:
+    """Run what is missing and write the page; returns its path, or None when a signal stopped a run.
+
+    Raises CompareError for a run that fails; what is finished stays. Raises ValueError, before the first one, for a
+    device that is not there or a body of the operators that cannot run on it.
+    """
+    for variant in compare.variants:
+        device, _ = resolve_device(run_config(compare, variant, compare.seeds[0]))
+        choose_body(device.type)
+    errors.begin()
+    if compare.teacher and not (teacher_folder(compare) / "teacher").exists():
+        arguments = ["teacher", compare.teacher, f"run.dir={teacher_folder(compare)}"]
+        if not _command(arguments, Path(compare.dir) / "teacher.log"):
+            return None
+    pairs = [(variant, seed) for seed in compare.seeds for variant in compare.variants]
+    bar = tqdm(pairs, desc="compare", unit="run")
+    for variant, seed in bar:
+        bar.set_postfix_str(f"{variant}, seed {seed}")
+        folder = run_folder(compare, variant, seed)
+        if RunFolder(folder).evaluation.is_file():
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        file = folder / "compare.yaml"
+        file.write_text(cfg.to_yaml(run_config(compare, variant, seed)))
+        if not _command(["train", str(file)], folder / "train.log"):
+            return None
+        if not _command(["evaluate", str(folder), "--samples", str(compare.samples)], folder / "evaluate.log"):
+            return None
+    return write_page(compare)
+
+
+def _command(arguments: list[str], log: Path) -> bool:
+    """Run `pixelgen ARGUMENTS` with its output in a file. False when a signal stopped it. Raises CompareError."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as out:
+        code = subprocess.run([sys.executable, "-m", "pixelgen_fast", *arguments], stdout=out, stderr=out).returncode
+    if code == REQUEUE:
+        return False
+    if code:
+        last = "\n".join(log.read_text(errors="replace").splitlines()[-5:])
+        raise CompareError(f"pixelgen {' '.join(arguments)} ended with code {code}; {log} ends with\n{last}")
+    return True

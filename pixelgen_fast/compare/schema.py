@@ -1,0 +1,94 @@
+"""What a comparison runs: one base configuration, a teacher, seeds, and variants that change sections of the base.
+
+A section of a variant is merged into that of the base; a `model` that names a system replaces it. Text values may hold
+{teacher}, the folder of the teacher that the comparison trains first.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from pixelgen_fast import config as cfg
+from pixelgen_fast.config import ConfigError
+from pixelgen_fast.models import model_schema
+
+
+@dataclass
+class Quick:
+    """What `--quick` changes, to see every part of the comparison run within minutes."""
+
+    seeds: list[int] = field(default_factory=lambda: [0])
+    samples: int = 200
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Compare:
+    # where the runs, the teacher and the page go; the same folder again goes on
+    dir: str = "runs/compare"
+    # the configuration that every variant starts from, and that of the teacher (null: no variant needs one)
+    base: str = "configs/digits.yaml"
+    teacher: str | None = None
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
+    # generated images that a run is judged by
+    samples: int = 1000
+    # sections that are the same for all variants, on top of the base
+    settings: dict[str, Any] = field(default_factory=dict)
+    # sections of each variant by its name; the first is what the others are compared with
+    variants: dict[str, Any] = field(default_factory=dict)
+    quick: Quick = field(default_factory=Quick)
+
+
+def load(path: str | Path, overrides: Iterable[str] = (), *, quick: bool = False) -> Compare:
+    """Read a comparison, apply overrides, check it and the configuration of every variant.
+
+    Raises ConfigError naming the file, the key or the variant.
+    """
+    compare: Compare = cfg.merge(Compare, cfg.read_layers(path, overrides))
+    if quick:
+        settings = OmegaConf.to_container(OmegaConf.merge(compare.settings, compare.quick.settings))
+        compare = replace(compare, seeds=compare.quick.seeds, samples=compare.quick.samples, settings=settings)
+    if not compare.variants or not compare.seeds or len(set(compare.seeds)) < len(compare.seeds):
+        raise ConfigError(f"{path}: give at least one variant and one seed, each seed once; seeds {compare.seeds}")
+    if len({slug(name) for name in compare.variants}) < len(compare.variants):
+        raise ConfigError(f"{path}: two variants have the same letters and digits in their names; rename one")
+    for name in compare.variants:
+        run_config(compare, name, compare.seeds[0])
+    return compare
+
+
+def slug(name: str) -> str:
+    """A variant's name as a folder's: lower-case letters and digits, joined by single underscores."""
+    return "_".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def run_folder(compare: Compare, variant: str, seed: int) -> Path:
+    return Path(compare.dir) / slug(variant) / f"seed{seed}"
+
+
+def teacher_folder(compare: Compare) -> Path:
+    """The run folder of the teacher; the teacher itself is its subfolder `teacher`."""
+    return Path(compare.dir) / "teacher"
+
+
+def run_config(compare: Compare, variant: str, seed: int) -> cfg.Config:
+    """The configuration of one run. Raises ConfigError that names the variant."""
+    base = OmegaConf.to_container(OmegaConf.load(compare.base))
+    sections = _fill(compare.variants[variant] or {}, str(teacher_folder(compare) / "teacher"))
+    if "system" in sections.get("model", {}):
+        base.pop("model")
+    own = {"run": {"dir": str(run_folder(compare, variant, seed)), "seed": seed}}
+    layers = [(f"variant {variant!r} of {compare.base}", part) for part in (base, compare.settings, sections, own)]
+    return cfg.from_layers([(origin, OmegaConf.create(part)) for origin, part in layers], model_schema)
+
+
+def _fill(value: Any, teacher: str) -> Any:
+    if isinstance(value, dict):
+        return {key: _fill(part, teacher) for key, part in value.items()}
+    return value.replace("{teacher}", teacher) if isinstance(value, str) else copy.deepcopy(value)

@@ -1,0 +1,139 @@
+"""From a configuration to the parts of a run, top to bottom. Nothing is written, and nothing has been trained.
+
+device, ranks -> data set -> model -> alignment -> objective -> optimizer -> ZeRO
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pixelgen_kernels.attention import attention_backend
+from pixelgen_kernels.bodies import describe_bodies
+
+from pixelgen_fast import config as cfg
+from pixelgen_fast import models
+from pixelgen_fast.data.index import ImageIndex
+from pixelgen_fast.data.order import Order
+from pixelgen_fast.data.roots import open_root
+from pixelgen_fast.device import choose_device
+from pixelgen_fast.dino.kept import with_kept_dino
+from pixelgen_fast.engine import zero
+from pixelgen_fast.engine.alignment import build_alignment
+from pixelgen_fast.engine.graph import check_graph
+from pixelgen_fast.engine.memory import keep_freed_memory
+from pixelgen_fast.engine.metrics import forward_flops
+from pixelgen_fast.engine.objective import FlowMatching
+from pixelgen_fast.engine.optimizer import run_optimizer
+from pixelgen_fast.engine.parallel import wrap_blocks
+from pixelgen_fast.models.system import System
+from pixelgen_fast.runs import checkpoint
+from pixelgen_fast.runs.draw import load_weights
+from pixelgen_fast.runs.export import read_exported
+from pixelgen_fast.runs.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a process of a run consists of.
+
+    built: the configuration that the model was built from, with the kept copy of its DINO where there is one.
+    precision: "bf16" or "fp32". operators: what runs them, for the log. image_flops: of a training image, both passes.
+    objective: what `engine` trains.
+    """
+
+    config: cfg.Config
+    built: cfg.Config
+    folder: RunFolder
+    device: torch.device
+    precision: str
+    rank: int
+    world: int
+    index: ImageIndex
+    operators: str
+    image_flops: int
+    objective: FlowMatching
+    engine: zero.ZeroEngine
+
+    @property
+    def classes(self) -> list[str]:
+        return self.index.classes
+
+    @property
+    def total(self) -> int:
+        """Images at which the run ends: train.images, rounded up to whole steps."""
+        batch = self.config.train.global_batch
+        return -(-self.config.train.images // batch) * batch
+
+    def order(self, start: int) -> Order:
+        """The images of this rank from image `start` of the run on."""
+        t = self.config.train
+        return Order(self.config.run.seed, t.global_batch, t.micro_batch, self.rank, self.world, start)
+
+
+def assemble(config: cfg.Config) -> Parts:
+    """Join the processes of a run and build its parts.
+
+    Raises UserError for settings and data that do not fit, FileNotFoundError for a missing root.
+    """
+    device, precision = resolve_device(config)
+    if device.type == "cpu":
+        keep_freed_memory()
+    rank, world, local_rank = zero.init_distributed(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", local_rank)
+    accumulation = cfg.check_world(config, world)
+    folder = RunFolder(Path(config.run.dir))
+    index = open_root(config.data.root, expected_classes=config.data.num_classes)
+
+    # once there is a checkpoint, the copy of a DINO that was made for it is the one that goes with it
+    begun = checkpoint.checkpoints(folder.checkpoints)
+    built = with_kept_dino(config, folder.root) if begun else config
+    model = models.build_model(built, len(index.classes))
+    flops = 3 * forward_flops(model, config.data.image_size)
+    # refuses what was asked for and cannot run here, before anything is written
+    operators = describe_operators(device, precision, model.head_dim)
+    _initialise(model, config.run.init)
+    wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=config.train.compile_blocks)
+    alignment = build_alignment(config, model, index, device)
+    objective = FlowMatching(model, config.objective, config.run.seed, len(index.classes), alignment)
+    check_graph(config, device, world, accumulation, objective)
+    engine = zero.ZeroEngine(
+        objective,
+        run_optimizer(config.optimizer, model, alignment),
+        stage=config.train.zero_stage,
+        micro_batch=config.train.micro_batch,
+        accumulation=accumulation,
+        dtype=precision,
+        whole_modules=model.whole_modules(),
+    )
+    return Parts(config, built, folder, device, precision, rank, world, index, operators, flops, objective, engine)
+
+
+def _initialise(model: System, weights: str | None) -> None:
+    """Begin from an exported model, where run.init names one."""
+    if weights:
+        state, _ = read_exported(Path(weights))
+        load_weights(model, state, weights)
+
+
+def describe_operators(device: torch.device, precision: str, head_dim: int) -> str:
+    """Two lines for the log: which bodies the operators run, and which attention.
+
+    Raises ValueError for what PIXELGEN_OPS or PIXELGEN_ATTENTION asks for and cannot run on the device.
+    """
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    return f"{describe_bodies(device.type)}\n{attention_backend(device, dtype, head_dim)}"
+
+
+def resolve_device(config: cfg.Config) -> tuple[torch.device, str]:
+    """(device, precision) of a run. Raises InputError for CUDA where there is none, or bf16 on a CPU."""
+    device, precision = choose_device(config.run.device), config.train.precision
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" else "fp32"
+    if precision == "bf16" and device.type == "cpu":
+        raise cfg.ConfigError(
+            "train.precision is bf16, but the run is on a CPU, where it is 6x slower; use fp32 or auto"
+        )
+    return device, precision

@@ -1,0 +1,145 @@
+"""What a run says of itself: the start line, a row of metrics an interval, a grid of images, and the end."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pixelgen_fast import config as cfg
+from pixelgen_fast import models
+from pixelgen_fast.data.dali import Loader
+from pixelgen_fast.engine.assemble import Parts
+from pixelgen_fast.engine.metrics import Metrics, device_peak, memory_used
+from pixelgen_fast.engine.schedule import learning_rate
+from pixelgen_fast.eval.curves import read_metrics, save_curves
+from pixelgen_fast.eval.grid import save_grid
+from pixelgen_fast.runs.checkpoint import ema_key
+from pixelgen_fast.runs.draw import Generator, load_weights, strip_prefix
+
+
+class Report:
+    """The reporting of one process; only rank 0 writes. nimg: image at which the run starts or goes on."""
+
+    def __init__(self, parts: Parts, nimg: int) -> None:
+        self.parts = parts
+        self.peak = self._describe() if parts.rank == 0 else float("nan")
+        self.metrics = Metrics(parts.folder, parts.rank, nimg, parts.total, parts.config)
+        self.losses = torch.zeros(2 + len(parts.objective.columns), device=parts.device)
+        self.drawer: Generator | None = None
+
+    def say(self, text: str) -> None:
+        self.metrics.say(text)
+
+    def add(self, images: int, losses: Tensor) -> None:
+        """A step has been made. losses: as `training_step` gives them."""
+        self.losses += losses
+        self.metrics.advance(images)
+
+    def row(self, nimg: int, interval: Interval, loader: Loader) -> float:
+        """Write a row of metrics; the only place of the loop that waits for the device. Returns its seconds."""
+        p = self.parts
+        if p.world > 1:
+            dist.all_reduce(self.losses)
+        (count, *sums), seconds = self.losses.tolist(), interval.elapsed()
+        self.losses.zero_()
+        loss, *others = [total / count if count else None for total in sums]
+        batch, rate = p.config.train.global_batch, (nimg - interval.nimg) / seconds
+        alignment = p.objective.alignment
+        self.metrics.write(
+            {
+                "nimg": nimg,
+                "step": nimg // batch,
+                "loss": loss,
+                **{f"loss_{name}": mean for name, mean in zip(p.objective.columns, others, strict=True)},
+                "grad_norm": float(p.engine.grad_norm),
+                "lr": learning_rate(p.config.optimizer, nimg - batch, p.total),
+                "images_per_second": rate,
+                "model_flops": rate * p.image_flops,
+                "model_flops_share": rate * p.image_flops / (self.peak * p.world) if p.rank == 0 else 0.0,
+                "memory_bytes": memory_used(p.device),
+                "loader_wait_share": interval.waited(loader) / seconds,
+                **({"teacher_share": alignment.stopwatch.take() / seconds} if alignment is not None else {}),
+                "skipped_steps": int(p.engine.skipped),
+                "replaced_images": len(loader.replaced),
+            }
+        )
+        return seconds
+
+    def grid(self, path: object, nimg: int) -> None:
+        """A labelled grid on fixed noise from the first average of the weights, drawn by rank 0. All ranks call it."""
+        p, s = self.parts, self.parts.config.sample
+        weights = ema_key(p.config.optimizer.ema[0])
+        state = p.engine.state_dict(weights, to=0)
+        if p.rank == 0:
+            if self.drawer is None:
+                model = models.build_model(p.built, len(p.classes)).eval()
+                self.drawer = Generator(model, p.config, p.classes, weights, nimg)
+            load_weights(self.drawer.model.cpu(), strip_prefix(state), "the average of this run")
+            self.drawer.model.to(p.device)
+            labels = torch.arange(min(s.grid_classes, len(p.classes))).repeat_interleave(s.grid_per_class)
+            images = self.drawer.draw(labels)
+            self.drawer.model.cpu()  # between grids its memory is the run's
+            path.parent.mkdir(parents=True, exist_ok=True)
+            names = [p.classes[int(y)] for y in labels[:: s.grid_per_class]]
+            save_grid(images.numpy(), path, columns=s.grid_per_class, row_titles=names)
+        if p.world > 1:
+            dist.barrier()
+
+    def finish(self, nimg: int, seconds: float) -> None:
+        """The last grid, the curve, and where everything is."""
+        folder = self.parts.folder
+        self.grid(folder.final, nimg)
+        self.metrics.close()
+        if self.parts.rank:
+            return
+        save_curves(read_metrics(folder.metrics), folder.loss, title=folder.root.name)
+        print(
+            f"done: {nimg:,} images in {seconds:.0f} s; samples {folder.final}, loss {folder.loss}, "
+            f"weights {folder.checkpoints}. Next: pixelgen evaluate {folder.root}"
+        )
+
+    def close(self) -> None:
+        self.metrics.close()
+
+    def _describe(self) -> float:
+        """Write what the run is, and print it; returns the device's peak FLOP/s."""
+        p = self.parts
+        p.folder.config.write_text(cfg.to_yaml(p.config))
+        p.folder.classes.write_text(json.dumps(p.classes) + "\n")
+        peak, what = device_peak(p.device)
+        t = p.config.train
+        accumulation = p.order(0).accumulation
+        print(
+            f"{p.folder.root}: {len(p.index):,} images in {len(p.classes)} classes; "
+            f"{sum(torch.Size(s).numel() for s in p.engine.shapes.values()):,} parameters; "
+            f"{p.world} x {p.device.type}, {p.precision}, ZeRO stage {t.zero_stage}; "
+            f"{t.global_batch} images a step = {p.world} ranks x {accumulation} x {t.micro_batch}\n"
+            f"peak: {peak / 1e9:,.0f} GFLOP/s ({what})\n"
+            f"{p.operators}"
+        )
+        return peak
+
+
+class Interval:
+    """Where the present interval of the log began; saving and drawing do not count as training time."""
+
+    def __init__(self, nimg: int, loader: Loader) -> None:
+        self.nimg, self.start, self.wait = nimg, time.perf_counter(), loader.wait_seconds
+
+    def elapsed(self) -> float:
+        return time.perf_counter() - self.start
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.start += time.perf_counter() - begin
+
+    def waited(self, loader: Loader) -> float:
+        return loader.wait_seconds - self.wait

@@ -1,0 +1,43 @@
+"""One training step: forward, loss, backward of every micro-batch, then clipping, AdamW and averages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pixelgen_fast.data import Batch
+from pixelgen_fast.engine.objective import FlowMatching
+
+
+class Engine(Protocol):
+    """What trains a module: `pixelgen_fast.engine.zero.ZeroEngine`, or anything that offers the same."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor: ...
+    def backward(self, loss: Tensor) -> None: ...
+    def step(self) -> Any: ...
+
+
+def training_step(
+    engine: Engine, objective: FlowMatching, batches: Sequence[Batch], first_numbers: Sequence[int]
+) -> Tensor:
+    """One optimizer step on the micro-batches of this rank. Nothing here waits for the device.
+
+    objective: the module that the engine trains. first_numbers: the number of each micro-batch's first image, which
+    seeds the dropout of a model that has it.
+    Returns float32 [2 + parts], on the device: how many micro-batches had a finite loss, the sum of their losses, and
+    of each part of it where there are several.
+    """
+    sums = torch.zeros(2 + len(objective.columns), device=batches[0].images.device)
+    for batch, number in zip(batches, first_numbers, strict=True):
+        objective.seed_dropout(number)
+        loss = engine(batch.images, batch.labels, batch.numbers)
+        finite = torch.isfinite(loss.detach())
+        # A loss that is not finite must not pass as a step, even if its gradient happens to be.
+        engine.backward(loss * torch.where(finite, 1.0, torch.nan))
+        engine.step()
+        losses = [torch.ones_like(loss), loss.detach(), *(objective.parts[name] for name in objective.columns)]
+        sums += torch.where(finite, torch.stack(losses), 0.0)
+    return sums

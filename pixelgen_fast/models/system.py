@@ -1,0 +1,99 @@
+"""What the engine asks of a generator, and what it gets where a system says nothing.
+
+A system is one module of this package with `Settings`, the section `model` of a configuration, and
+`build(settings, image_size, num_classes)`, which gives a `System`. Published weights are read by interop/<name>.py. The
+name of the module is what `model.system` names; nothing else has to be told of a new one.
+
+Shapes: B batch, S x S pixels, n patches a side, L = n n tokens, D width, p patch size.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from pixelgen_fast.diffusion.path import Noising
+from pixelgen_fast.errors import InputError
+from pixelgen_fast.layers import Float32Tables
+
+
+@dataclass
+class Settings:
+    """What the settings of every system have; those of a system add its own and say the defaults."""
+
+    # whether the model is built on the DINO that `dino` and `weights` name: its runs and exports then keep a copy
+    builds_on_dino: ClassVar[bool] = False
+
+    system: str = ""
+    hidden_size: int = 0
+    num_heads: int = 1
+    patch_size: int = 16
+
+
+class System(Float32Tables, ABC):
+    """A generator: forward(z [B, 3, S, S], t [B] in [0, 1], y int64 [B]) -> [B, 3, S, S]; y = num_classes is no class.
+
+    With tap = k, from first_tap to tap_depth, it returns a pair, whose second is the tokens after block k
+    [B, L, tap_width(k)], for feature alignment. Raises ValueError for other images or another tap.
+
+    tap_depth: the last block that may be tapped. first_tap: 1, or 0 where a network before the blocks gives tokens too.
+    """
+
+    # velocity_loss noises and compares inside the model's own operators
+    fuses_loss: ClassVar[bool] = False
+    first_tap: ClassVar[int] = 1
+    # whether a forward pass in training draws from torch's generator, which is then seeded before each
+    draws: bool = False
+    # how often training hides the grounding from an image, for a forward(..., ground=bool [B]) that takes it
+    grounding_drop: float | None = None
+
+    def __init__(self, settings: Settings, image_size: int, num_classes: int, tap_depth: int) -> None:
+        super().__init__()
+        p = settings.patch_size
+        if image_size % p:
+            raise InputError(f"data.image_size {image_size} does not divide into model.patch_size {p} patches")
+        self.patch_size, self.grid = p, image_size // p
+        self.image_size, self.num_classes = image_size, num_classes
+        self.hidden_size, self.head_dim = settings.hidden_size, settings.hidden_size // settings.num_heads
+        self.tap_depth = tap_depth
+
+    @abstractmethod
+    def forward(self, z: Tensor, t: Tensor, y: Tensor, tap: int | None = None) -> Tensor | tuple[Tensor, Tensor]: ...
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """The modules that recomputation and compilation take one by one."""
+
+    @abstractmethod
+    def whole_modules(self) -> list[nn.Module]:
+        """The modules that read parameters of children which they do not call: ZeRO-3 must gather each as a whole."""
+
+    def velocity_loss(
+        self, images: Tensor, y: Tensor, noising: Noising, weight_B: Tensor, tap: int | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Weighted squared error of the predicted velocity, float32 [B], noised inside; for systems that fuse it.
+
+        images: uint8 [B, S, S, 3]. y: int64 [B]. weight: float32 [B]. The same as `forward` on the noised images and
+        `diffusion.loss.flow_loss`.
+        """
+        raise TypeError(f"{type(self).__name__} does not fuse its loss: call forward on noised images")
+
+    def tap_width(self, tap: int) -> int:
+        """Width of the tokens that `tap` gives."""
+        return self.hidden_size
+
+    def check_images(self, z: Tensor) -> None:
+        """Raise ValueError for images of another size than the model's; z [B, 3, S, S] or uint8 [B, S, S, 3]."""
+        side = self.image_size
+        if tuple(z.shape[1:]) not in ((3, side, side), (side, side, 3)):
+            name = type(self).__name__
+            raise ValueError(f"{name} was built for images [B, *{[3, side, side]}], got [B, *{list(z.shape[1:])}]")
+
+    def check_tap(self, tap: int | None) -> None:
+        """Raise ValueError for a tap that is no block of the model."""
+        if tap is not None and not self.first_tap <= tap <= self.tap_depth:
+            name = type(self).__name__
+            raise ValueError(f"tap {tap}: this {name} has blocks {self.first_tap} to {self.tap_depth}")

@@ -1,0 +1,114 @@
+"""A trained model with all that is needed to draw with it, from a run, a checkpoint or an exported folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pixelgen_fast import config as cfg
+from pixelgen_fast import errors
+from pixelgen_fast.config import Sampling
+from pixelgen_fast.diffusion.solver import sample, to_uint8
+from pixelgen_fast.dino.kept import with_kept_dino
+from pixelgen_fast.models import build_model, model_schema
+from pixelgen_fast.runs.checkpoint import CheckpointError, ema_key, find, read_state, read_weights
+from pixelgen_fast.runs.export import GeneratorError, read_exported
+from pixelgen_fast.runs.folder import ABOUT, CHECKPOINTS, MODEL_PREFIX
+from pixelgen_fast.weights import misfits
+
+
+@dataclass
+class Generator:
+    """A model in evaluation mode, the configuration it was trained with, and the names of its classes."""
+
+    model: nn.Module
+    config: cfg.Config
+    classes: list[str]
+    weights: str
+    nimg: int
+
+    def draw(self, labels: Tensor, *, first: int = 0, progress: bool = False, **changes: Any) -> Tensor:
+        """Images of the given classes, uint8 [N, S, S, 3].
+
+        labels: int64 [N]. first: number of the first sample; sample n depends on (sample.seed, n) and its label alone.
+        changes: what of `Sampling` differs from the configuration's.
+        Raises ValueError for a label that is not a class.
+        """
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
+            raise ValueError(
+                f"labels run from {int(labels.min())} to {int(labels.max())}; classes are 0 to {len(self.classes) - 1}"
+            )
+        s, o, size = self.config.sample, self.config.objective, self.config.data.image_size
+        settings = {f.name: getattr(s, f.name) for f in fields(Sampling)} | changes
+        like = next(self.model.parameters())
+        drawn = []
+        with tqdm(total=len(labels), desc="draw", unit="img", disable=not progress) as bar:
+            # batch by batch, so that no more than one batch is ever held as floats
+            for numbers in torch.arange(len(labels)).split(settings["batch"]):
+                images = sample(
+                    lambda z, t, y: self.model(z.to(like.dtype), t, y),
+                    first + numbers,
+                    labels[numbers],
+                    shape=(3, size, size),
+                    predict=o.predict,
+                    noise_scale=o.noise_scale,
+                    t_eps=o.t_eps,
+                    null_class=len(self.classes),
+                    device=like.device,
+                    **settings,
+                )
+                drawn.append(to_uint8(images).cpu())
+                errors.begin()
+                bar.update(len(numbers))
+        return torch.cat(drawn)
+
+
+def load(path: str | Path, weights: str | None = None, device: torch.device | str = "cpu") -> Generator:
+    """Load a run folder, a checkpoint folder or an exported folder.
+
+    weights: "raw", "ema" (the first of optimizer.ema, which the grids of training show) or a key such as "ema_0.9999";
+    None takes "ema" of a run, and what an exported folder holds. Raises GeneratorError for a folder with no generator,
+    and for other weights than it holds.
+    """
+    path = Path(path)
+    if (path / ABOUT).is_file():
+        state, about = read_exported(path)
+        home = path
+        if weights is not None and weights != about["weights"]:
+            raise GeneratorError(f"{path}: holds {about['weights']} weights, not {weights}; export them from the run")
+    elif path.is_dir():
+        try:
+            folder = find(path)
+        except CheckpointError as error:
+            raise GeneratorError(f"{error}; nor is there a config.json of an exported one") from error
+        home = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
+        about = read_state(folder)
+        if weights in (None, "ema"):
+            weights = ema_key(about["config"]["optimizer"]["ema"][0])
+        about["weights"] = weights
+        state = strip_prefix(read_weights(folder, weights))
+    else:
+        raise GeneratorError(f"{path}: no such folder; give a run folder or one written by pixelgen export")
+    config = with_kept_dino(cfg.from_dict(about["config"], model_schema), home)
+    model = build_model(config, len(about["classes"]))
+    load_weights(model, state, str(path))
+    dtype = next(iter(state.values())).dtype
+    return Generator(model.to(device, dtype).eval(), config, about["classes"], about["weights"], about["nimg"])
+
+
+def strip_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The generator's own weights among those of the training module."""
+    return {name.removeprefix(MODEL_PREFIX): value for name, value in state.items() if name.startswith(MODEL_PREFIX)}
+
+
+def load_weights(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    """Copy weights into a model; what it does not train may be absent. Raises GeneratorError for what does not fit."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    if wrong := misfits(state, model.state_dict(), optional=frozen):
+        raise GeneratorError(f"{origin}: {len(wrong)} weights do not fit: {'; '.join(wrong[:10])}")
+    model.load_state_dict(state, strict=False)

@@ -1,0 +1,52 @@
+"""The folder that holds a trained model for others to load: one tensor a parameter in safetensors, and config.json.
+
+config.json has the format, the configuration, the class names and which weights they are. Where the model is built on a
+DINO, the folder holds that too, and needs neither the file nor the hub that it came from.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pixelgen_fast import config as cfg
+from pixelgen_fast.dino.kept import DINO, keep_dino, reading
+from pixelgen_fast.errors import InputError
+from pixelgen_fast.runs.folder import ABOUT, WEIGHTS
+
+FORMAT = "pixelgen_fast generator 1"
+
+
+class GeneratorError(InputError):
+    """A folder does not hold a generator; the message says what is missing and where one is expected."""
+
+
+def export(
+    folder: Path, state: dict[str, Tensor], config: cfg.Config, classes: list[str], weights: str, nimg: int
+) -> None:
+    """Write an exported folder. Raises GeneratorError when the folder holds something already, or cannot hold all."""
+    if folder.exists() and any(folder.iterdir()):
+        raise GeneratorError(f"{folder}: exists and is not empty; choose another folder or remove it")
+    folder.mkdir(parents=True, exist_ok=True)
+    keep_dino(folder, config)
+    settings = cfg.to_dict(reading(config, DINO))
+    about = {"format": FORMAT, "weights": weights, "nimg": nimg, "classes": classes, "config": settings}
+    save_file({name: value.contiguous() for name, value in state.items()}, folder / WEIGHTS)
+    (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+
+
+def read_exported(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(weights, config.json) of an exported folder. Raises GeneratorError when either is missing or damaged."""
+    try:
+        about = json.loads((folder / ABOUT).read_text())
+        state = load_file(folder / WEIGHTS)
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise GeneratorError(f"{folder}: not a readable export (config.json, model.safetensors): {error}") from error
+    if about.get("format") != FORMAT:
+        raise GeneratorError(f"{folder / ABOUT}: format {about.get('format')!r}, this version reads {FORMAT!r}")
+    return state, about

@@ -1,0 +1,69 @@
+"""Every name in the folder of a run, and of an exported model.
+
+<run>/config.yaml          the resolved configuration            classes.json      names of the classes
+      metrics.jsonl        a row an interval, its clock `nimg`   tensorboard/      the same
+      samples/             a grid of images now and then         checkpoints/      see checkpoint.py
+      final.png, loss.png  at the end                            dino/             see dino/kept.py
+      evaluation.json      of `pixelgen evaluate`                generated/        of `pixelgen sample`
+
+<export>/model.safetensors, config.json, dino/
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+# the training objective is what is saved, and the generator is its child of this name
+MODEL = "model"
+MODEL_PREFIX = f"{MODEL}."
+CHECKPOINTS = "checkpoints"
+WEIGHTS, ABOUT = "model.safetensors", "config.json"  # of an export
+METRICS, EVALUATION, FINAL = "metrics.jsonl", "evaluation.json", "final.png"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths in the folder of a run."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.yaml"
+
+    @property
+    def classes(self) -> Path:
+        return self.root / "classes.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / METRICS
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / CHECKPOINTS
+
+    @property
+    def final(self) -> Path:
+        return self.root / FINAL
+
+    @property
+    def loss(self) -> Path:
+        return self.root / "loss.png"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / EVALUATION
+
+    @property
+    def generated(self) -> Path:
+        return self.root / "generated"
+
+    def samples(self, nimg: int) -> Path:
+        """The grid that was drawn at an image of the run."""
+        return self.root / "samples" / f"{nimg:012d}.png"

@@ -1,0 +1,84 @@
+"""How a setting is written: once, with its type, default, range and meaning, in a dataclass.
+
+    lr: float = above(0, default=1e-4)          a range beside the default; a comment says what the setting means
+    crop: Crop = "adm"                          a choice is a Literal, which the code that is chosen imports from here
+
+`check_ranges` holds a tree of such dataclasses to its ranges. Rules between settings stay code (config.validate).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from pixelgen_fast.errors import InputError
+
+Prediction = Literal["v", "x", "e"]
+TimeKind = Literal["logit_normal", "uniform"]
+Crop = Literal["adm", "none"]
+Recompute = Literal["none", "operators", "blocks"]
+Solver = Literal["euler", "heun", "adams2"]
+Device = Literal["auto", "cpu", "cuda"]
+
+
+class ConfigError(InputError):
+    """The configuration is not valid; the message names the key, its value and the fix."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Values from low to high; open ends are left out. None stands for a setting that is off, where its type has it."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def holds(self, value: float) -> bool:
+        above_low = value > self.low if self.open_low else value >= self.low
+        return above_low and (value < self.high if self.open_high else value <= self.high)
+
+    def rule(self) -> str:
+        """What a value must be, in words."""
+        if math.isinf(self.high):
+            if self.low == 0 and not self.open_low:
+                return "it must not be negative"
+            return f"it must be {'above' if self.open_low else 'at least'} {self.low:g}"
+        left, right = "(" if self.open_low else "[", ")" if self.open_high else "]"
+        return f"it lies in {left}{self.low:g}, {self.high:g}{right}"
+
+
+def above(low: float, *, default: Any) -> Any:
+    """A setting above a number."""
+    return field(default=default, metadata={"range": Range(low, open_low=True)})
+
+
+def at_least(low: float, *, default: Any) -> Any:
+    """A setting of a number or more."""
+    return field(default=default, metadata={"range": Range(low)})
+
+
+def within(low: float, high: float, *, default: Any, open_low: bool = False, open_high: bool = False) -> Any:
+    """A setting between two numbers, which it may equal unless they are open."""
+    return field(default=default, metadata={"range": Range(low, high, open_low, open_high)})
+
+
+def check_ranges(settings: Any, prefix: str = "") -> None:
+    """Raise ConfigError, naming key, value and range, for the first setting of a tree that is not in its range.
+
+    A setting of several numbers has all of them in its range. A number that is not finite is in none.
+    """
+    for entry in fields(settings):
+        value, key = getattr(settings, entry.name), f"{prefix}{entry.name}"
+        if is_dataclass(value):
+            check_ranges(value, f"{key}.")
+            continue
+        wanted = entry.metadata.get("range")
+        value = list(value) if isinstance(value, tuple) else value
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ConfigError(f"{key} is {value}; it must be a finite number")
+            if wanted is not None and number is not None and not wanted.holds(number):
+                off = ", or null for none" if entry.default is None or "None" in str(entry.type) else ""
+                raise ConfigError(f"{key} is {value}; {wanted.rule()}{off}")

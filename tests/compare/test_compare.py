@@ -1,0 +1,138 @@
+"""A comparison runs what is missing, reads what the runs left, and says what the numbers say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pixelgen_fast.cli import main
+from pixelgen_fast.compare import run, schema
+from pixelgen_fast.compare.page import read, versus
+from pixelgen_fast.compare.results import Spread, Variant
+from pixelgen_fast.config import ConfigError
+
+ROOT = Path(__file__).parents[2]
+
+TINY = f"""
+base: {ROOT}/configs/digits.yaml
+seeds: [0, 1]
+samples: 20
+settings:
+  model: {{hidden_size: 16, num_heads: 2, patch_depth: 1, pixel_depth: 1}}
+  train: {{images: 128}}
+  log: {{every_images: 64, tensorboard: false}}
+  optimizer: {{warmup_images: 0}}
+  sample: {{steps: 2, grid_classes: 2, grid_per_class: 2, grid_every_images: 0}}
+variants:
+  Plain: {{}}
+  With frequencies:
+    objective: {{frequency_weight: 1.0}}
+quick:
+  seeds: [3]
+  settings:
+    train: {{images: 64}}
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "compare.yaml"
+    path.write_text(TINY + f"dir: {tmp_path / 'out'}\n")
+    return path
+
+
+def test_runs_once_and_writes_a_page_that_needs_no_other_file(config: Path, tmp_path: Path) -> None:
+    """Two variants, one seed; a second call makes no run again and finds what the first left."""
+    assert main(["compare", str(config), "seeds=[1]"]) == 0
+    page = (tmp_path / "out" / "page.html").read_text()
+    assert page.count("data:image/png;base64,") == 3  # the flow curves and two grids
+    assert "One seed cannot tell a difference from chance." in page
+    assert 'src="' in page and "http" not in page
+    for name in ("plain", "with_frequencies"):
+        folder = tmp_path / "out" / name / "seed1"
+        report = json.loads((folder / "evaluation.json").read_text())["report"]
+        assert f"{report['frechet_generated']:.1f}" in page
+        assert report["generated"] == 20
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("evaluation.json")}
+    assert main(["compare", str(config), "seeds=[1]"]) == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("evaluation.json")}
+    assert "Plain" in (tmp_path / "out" / "page.md").read_text()
+
+
+def test_quick_replaces_seeds_and_settings(config: Path) -> None:
+    whole, quick = schema.load(config), schema.load(config, quick=True)
+    assert (whole.seeds, quick.seeds) == ([0, 1], [3])
+    assert schema.run_config(whole, "Plain", 0).train.images == 128
+    made = schema.run_config(quick, "With frequencies", 3)
+    assert made.train.images == 64 and made.objective.frequency_weight == 1.0 and made.run.seed == 3
+
+
+def test_a_model_that_names_a_system_replaces_the_base(tmp_path: Path) -> None:
+    path = tmp_path / "compare.yaml"
+    path.write_text(
+        f"base: {ROOT}/configs/digits.yaml\nvariants:\n  JiT:\n"
+        "    model: {system: jit, hidden_size: 16, num_heads: 2, depth: 2, patch_size: 4}\n"
+    )
+    assert schema.run_config(schema.load(path), "JiT", 0).model.system == "jit"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("seedz: [1]", "seedz"),
+        ("seeds: [1, 1]", r"each seed once; seeds \[1, 1\]"),
+        ("variants: {A: {optimizer: {lrr: 1}}}", "variant 'A' .*did you mean optimizer.lr"),
+        ("variants: {A b: {}, a-b: {}}", "two variants have the same"),
+    ],
+)
+def test_refusals_name_the_key_or_the_variant(config: Path, tmp_path: Path, text: str, message: str) -> None:
+    key = text.split(":")[0]
+    kept = "\n".join(line for line in config.read_text().splitlines() if not line.startswith(f"{key}:"))
+    if key == "variants":
+        kept = kept.replace("  Plain: {}\n  With frequencies:\n    objective: {frequency_weight: 1.0}\n", "")
+    path = tmp_path / "bad.yaml"
+    path.write_text(f"{kept}\n{text}\n")
+    with pytest.raises(ConfigError, match=message):
+        schema.load(path)
+
+
+def test_a_run_that_fails_is_named_with_its_last_words(config: Path) -> None:
+    compare = schema.load(config, ["settings.data.root=nowhere"])
+    with pytest.raises(
+        run.CompareError, match=r"(?s)pixelgen train .* ended with code 2; .*train\.log ends with.*nowhere"
+    ):
+        run.run(compare)
+
+
+def variant(name: str, frechet: tuple[float, ...], alignment: tuple[float, ...] = (), parameters: int = 10) -> Variant:
+    same = Spread(tuple(1.0 for _ in frechet))
+    return Variant(
+        name=name, folders=(), rows=(), accuracy=same, frechet=Spread(frechet), flow=same,
+        alignment=Spread(alignment), images_per_second=same, parameters=parameters,
+    )  # fmt: skip
+
+
+def test_a_difference_counts_when_every_seed_shows_it() -> None:
+    base = Spread((20.0, 22.0, 24.0))
+    lower, higher, mixed = Spread((19.0, 21.0, 23.0)), Spread((21.0, 23.0, 25.0)), Spread((19.0, 22.0, 25.0))
+    assert versus(lower, base, ".1f") == "lower with every one of 3 seeds (21.0 against 22.0)"
+    assert versus(higher, base, ".1f") == "higher with every one of 3 seeds (23.0 against 22.0)"
+    assert versus(mixed, base, ".1f").startswith("lower with 1 and higher with 1 of 3 seeds")
+    assert versus(base, base, ".1f").endswith("no clear difference")
+    assert versus(Spread((1.0,)), Spread((2.0,)), ".1f") == "1.0 against 2.0 with one seed"
+
+
+def test_the_reading_says_when_a_lower_alignment_loss_has_worse_pixels() -> None:
+    base = variant("Base", (20.0, 20.0))
+    repa, student = variant("REPA", (18.0, 19.0), (0.5, 0.5)), variant("Student", (25.0, 26.0), (0.2, 0.2), 20)
+    helps, lower, cost = read([base, repa, student])
+    assert "REPA against Base: Fréchet distance lower with every one of 2 seeds" in helps and "Student" not in helps
+    assert "Student against REPA: alignment loss lower with every one of 2 seeds (0.200 against 0.500)" in lower
+    assert "Fréchet distance higher with every one of 2 seeds (25.5 against 18.5)" in lower
+    assert "right class lower with 0 and higher with 0 of 2 seeds" in lower
+    assert "Student 1.00 ± 0.00 times its time an image, 2.00 times its weights" in cost
+
+
+def test_spread() -> None:
+    assert Spread((1.0, 2.0, 4.0)).text(".2f") == "2.33 ± 1.50"
+    assert Spread((1.0,)).text(".1f") == "1.0" and Spread(()).text(".1f") == ""

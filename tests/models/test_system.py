@@ -1,0 +1,129 @@
+"""The contract of models/system.py: what the engine may ask of every system holds for every system."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from pixelgen_kernels import philox
+from support.models import batch, tiny
+from support.teachers import write_teacher
+from torch import nn
+
+from pixelgen_fast import models
+from pixelgen_fast.diffusion.loss import flow_loss
+from pixelgen_fast.diffusion.path import Noising
+from pixelgen_fast.models.system import Settings, System
+
+DINO = "vit_small_patch16_dinov3_qkvb"
+
+
+@pytest.fixture(scope="module")
+def dino(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_teacher(tmp_path_factory.mktemp("dino") / "small", DINO))
+
+
+def on_dino(name: str, dino: str) -> dict[str, str]:
+    return dict(dino=DINO, weights=dino) if models.model_schema(name).builds_on_dino else {}
+
+
+@pytest.fixture(params=models.systems())
+def model(request: pytest.FixtureRequest, dino: str) -> System:
+    return tiny(request.param, **on_dino(request.param, dino))
+
+
+def test_a_system_is_built_from_its_settings(model: System) -> None:
+    assert isinstance(model, System) and model.image_size == 16 and model.grid == 4 and model.num_classes == 3
+    assert model.head_dim * 2 == model.hidden_size == 24
+
+
+@pytest.mark.parametrize("name", models.systems())
+def test_settings_name_their_system_and_say_every_default(name: str) -> None:
+    settings = models.model_schema(name)()
+    assert isinstance(settings, Settings) and settings.system == name
+    assert settings.hidden_size % settings.num_heads == 0 and settings.patch_size > 0
+
+
+def test_it_predicts_an_image_and_offers_its_tokens(model: System) -> None:
+    z, t, y = batch()
+    with torch.no_grad():
+        plain = model.eval()(z, t, y)
+        assert plain.shape == z.shape and plain.isfinite().all()
+        for tap in range(model.first_tap, model.tap_depth + 1):
+            prediction, tokens = model(z, t, y, tap=tap)
+            assert torch.equal(prediction, plain) and tokens.shape == (2, 16, model.tap_width(tap))
+        with pytest.raises(ValueError, match="tap"):
+            model(z, t, y, tap=model.tap_depth + 1)
+        with pytest.raises(ValueError, match="built for images"):
+            model(z[..., :12], t, y)
+
+
+def test_a_null_class_is_a_class_of_its_own(model: System) -> None:
+    z, t, _ = batch()
+    with torch.no_grad():
+        first, none = (model.eval()(z, t, torch.full((2,), y)) for y in (0, 3))
+    assert not torch.equal(first, none)
+
+
+def test_every_block_is_a_module_of_the_model_and_every_trained_weight_gets_a_gradient(model: System) -> None:
+    modules = set(map(id, model.modules()))
+    assert model.blocks() and all(id(block) in modules for block in (*model.blocks(), *model.whole_modules()))
+    z, t, y = batch()
+    torch.manual_seed(0)
+    model.train()(z, t, y).square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_what_is_drawn_in_training_is_said(model: System) -> None:
+    """A model that says it draws nothing gives the same twice; the trainer would not seed it."""
+    z, t, y = batch()
+    ground = {} if model.grounding_drop is None else {"ground": torch.tensor([True, False])}
+    with torch.no_grad():
+        same = torch.equal(model.train()(z, t, y, **ground), model(z, t, y, **ground))
+    assert same != model.draws
+
+
+def test_a_fused_loss_is_that_of_the_prediction(model: System) -> None:
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    _, t, y = batch()
+    noising, weight = Noising(torch.tensor([5, 2**33]), t, 7, 1.0), torch.tensor([0.5, 2.0])
+    if not model.fuses_loss:
+        with pytest.raises(TypeError, match="does not fuse"):
+            model.velocity_loss(images, y, noising, weight)
+        return
+    z, x, e = noising.of(images)
+    assert torch.equal(e.flatten(1), philox.normal(7, noising.numbers, philox.NOISE, 768))
+    expected = weight * flow_loss(model(z, t, y), x, e, t, predict="v", loss_space="v")
+    torch.testing.assert_close(model.velocity_loss(images, y, noising, weight), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_tables_keep_float32_when_the_model_is_cast(model: System) -> None:
+    assert {b.dtype for b in model.bfloat16().buffers(recurse=False)} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", models.systems())
+def test_an_image_that_is_no_multiple_of_the_patch_is_refused(name: str, dino: str) -> None:
+    with pytest.raises(ValueError, match="data.image_size 18 does not divide into model.patch_size 4 patches"):
+        tiny(name, image_size=18, **on_dino(name, dino))
+
+
+def test_nothing_is_asked_of_a_model_behind_the_contract() -> None:
+    """No hasattr or getattr on a model or its settings outside of models/."""
+    root = Path(models.__file__).parents[1]
+    asked = [
+        f"{path.relative_to(root)}:{number}"
+        for path in root.rglob("*.py")
+        if path.parent.name not in ("models", "dino")
+        for number, line in enumerate(path.read_text().splitlines(), start=1)
+        if ("hasattr(" in line or "getattr(" in line) and ("model" in line or "(form" in line)
+    ]
+    assert asked == []
+
+
+class _Unfinished(System):
+    pass
+
+
+def test_a_system_that_lacks_a_method_cannot_be_built() -> None:
+    with pytest.raises(TypeError, match="abstract"):
+        _Unfinished(Settings(hidden_size=8), 16, 3, tap_depth=1)
+    assert issubclass(_Unfinished, nn.Module)

@@ -1,0 +1,296 @@
+"""Checkpoints: exact over world sizes and stages; damage is named and passed over; a failed write leaves no trace."""
+
+import json
+import logging
+import os
+import re
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pixelgen_fast.runs import checkpoint
+from pixelgen_fast.runs.checkpoint import CheckpointError, DiskSpaceError
+
+SHAPES = {"body.weight": (7, 5), "body.bias": (7,), "projector.weight": (3, 1)}
+KINDS = ["master", "exp_avg", "exp_avg_sq", "ema_0.9", "ema_0.999"]
+
+
+class Memory:
+    """What `checkpoint` asks of an engine, held in a dict."""
+
+    rank, world, host_group, stage = 0, 1, None, 1
+
+    def __init__(self, seed: int, shapes: dict[str, tuple[int, ...]] | None = None) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.shapes = shapes or SHAPES
+        self.state = {
+            n: {k: torch.randn(s, generator=generator) for k in self.kinds(n)} for n, s in self.shapes.items()
+        }
+        self.buffer = {"shift": torch.randn(2, generator=generator)}
+        self.counters = {"step": seed, "skipped": 1, "skipped_in_a_row": 0}
+
+    def names(self) -> list[str]:
+        return list(self.shapes)
+
+    def kinds(self, name: str) -> list[str]:
+        return KINDS[:3] if name.startswith("projector") else KINDS
+
+    def gather(self, name: str, kinds: list[str] | None = None, to: int | None = None) -> dict[str, Tensor]:
+        return {kind: self.state[name][kind] for kind in kinds or self.kinds(name)}
+
+    def restore(self, name: str, state: dict[str, Tensor]) -> None:
+        self.state[name] = state
+
+    def buffers(self) -> dict[str, Tensor]:
+        return self.buffer
+
+    def restore_buffers(self, buffers: dict[str, Tensor]) -> None:
+        self.buffer = buffers
+
+    def scalars(self) -> dict[str, int]:
+        return self.counters
+
+    def load_scalars(self, scalars: dict[str, int]) -> None:
+        self.counters = scalars
+
+
+def same(a: Memory, b: Memory) -> bool:
+    tensors = all(torch.equal(a.state[n][k], b.state[n][k]) for n in a.state for k in a.state[n])
+    return tensors and torch.equal(a.buffer["shift"], b.buffer["shift"]) and a.counters == b.counters
+
+
+def save(folder: Path, seed: int, keep: int = 3) -> Path:
+    return checkpoint.save(folder, Memory(seed), nimg=seed, state={"config": {"seed": seed}}, keep=keep)
+
+
+def shard(path: Path) -> Path:
+    return next(path.glob("*.safetensors"))
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path):
+    path = save(tmp_path, 7)
+    other = Memory(8)
+    state = checkpoint.load(path, other)
+    assert path.name == "000000000007"
+    assert same(other, Memory(7))
+    assert (state["nimg"], state["config"], state["format"]) == (7, {"seed": 7}, checkpoint.FORMAT)
+    assert state["versions"]["torch"] == torch.__version__.split("+")[0]
+
+
+def test_a_large_model_is_cut_into_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_SHARD_BYTES", 300)
+    path = save(tmp_path, 7)
+    other = Memory(8)
+    checkpoint.load(path, other)
+    assert len(list(path.glob("*.safetensors"))) == 2
+    assert same(other, Memory(7))
+
+
+@pytest.mark.parametrize("kind", ["raw", "ema_0.9", "ema_0.999"])
+def test_weights_can_be_read_without_an_engine(tmp_path, kind):
+    weights = checkpoint.read_weights(save(tmp_path, 7), kind)
+    key = {"raw": "master"}.get(kind, kind)
+    saved = Memory(7)
+    expected = {n: saved.state[n][key if n.startswith("body") else "master"] for n in SHAPES} | saved.buffer
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in expected.items())
+
+
+def test_an_average_that_was_not_kept_is_an_error(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no weights 'ema_0.5'; it has \['raw', 'ema_0.9', 'ema_0.999'\]"):
+        checkpoint.read_weights(save(tmp_path, 7), "ema_0.5")
+
+
+def truncate(path: Path) -> None:
+    os.truncate(shard(path), shard(path).stat().st_size - 1)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(shard(path).read_bytes())
+    content[-3] ^= 4
+    shard(path).write_bytes(content)
+
+
+def lose_a_file(path: Path) -> None:
+    shard(path).unlink()
+
+
+def lose_the_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+def halve_the_manifest(path: Path) -> None:
+    os.truncate(path / "manifest.json", 20)
+
+
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (truncate, "rank00000-000.safetensors has .* bytes instead of"),
+        (flip_a_bit, "rank00000-000.safetensors has another checksum"),
+        (lose_a_file, "rank00000-000.safetensors is missing"),
+        (lose_the_manifest, "manifest.json cannot be read"),
+        (halve_the_manifest, "manifest.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caplog, harm, reason):
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    assert checkpoint.latest_valid(tmp_path) == second
+    harm(second)
+    with caplog.at_level(logging.WARNING):
+        assert checkpoint.latest_valid(tmp_path) == first
+    assert len(caplog.records) == 1 and caplog.records[0].levelno == logging.WARNING
+    assert str(second) in caplog.text and re.search(reason, caplog.text)
+    with pytest.raises(CheckpointError, match=reason):
+        checkpoint.find(second)
+    # The run comes by here again: the damaged one gives way to a whole one.
+    assert checkpoint.latest_valid(tmp_path) == first
+    assert save(tmp_path, 2) == second and checkpoint.latest_valid(tmp_path) == second
+
+
+def test_a_path_that_holds_nothing_is_an_error(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(CheckpointError, match="holds no valid checkpoint"):
+            checkpoint.find(folder)
+        assert checkpoint.latest_valid(folder) is None
+
+
+def test_a_run_a_folder_and_a_checkpoint_all_name_it(tmp_path):
+    newest = [save(tmp_path / "checkpoints", seed) for seed in (1, 2)][-1]
+    assert all(checkpoint.find(path) == newest for path in (tmp_path, tmp_path / "checkpoints", newest))
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    for seed in range(1, 6):
+        save(tmp_path, seed, keep=2)
+    assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["000000000005", "000000000004"]
+
+
+def test_the_one_just_written_is_kept_even_where_a_damaged_one_is_newer(tmp_path):
+    newer = save(tmp_path, 9)
+    truncate(newer)
+    written = save(tmp_path, 5, keep=1)
+    assert checkpoint.latest_valid(tmp_path) == written
+
+
+def test_saving_the_same_image_number_again_changes_nothing(tmp_path):
+    path = save(tmp_path, 3)
+    inode = shard(path).stat().st_ino
+    assert save(tmp_path, 3) == path and shard(path).stat().st_ino == inode
+
+
+class Crash(BaseException):
+    """The end of the process."""
+
+
+def test_a_crash_before_the_rename_leaves_the_earlier_one(tmp_path, monkeypatch):
+    first = save(tmp_path, 1)
+
+    def crash(*paths: Path) -> None:
+        raise Crash
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "rename", crash)
+        with pytest.raises(Crash):
+            save(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir() if path != first] == ["tmp-000000000002"]
+    assert checkpoint.latest_valid(tmp_path) == first
+    assert list(tmp_path.iterdir()) == [first], "what the crash left has been removed"
+
+
+def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
+    first = save(tmp_path, 1)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(DiskSpaceError, match=r"needs \d+ bytes and 1000 are free") as error:
+        save(tmp_path, 2)
+    values = sum(5 * 42 if n.startswith("body.w") else 0 for n in SHAPES)
+    assert error.value.free == 1000 and error.value.needed > 4 * values
+    assert list(tmp_path.iterdir()) == [first]
+
+
+def test_a_disk_that_fills_up_while_writing_leaves_no_half_checkpoint(tmp_path):
+    first = save(tmp_path, 1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # The system refuses to let any file grow past this, as a full disk would.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (600, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match=r"rank 0 could not write rank00000-000.safetensors: .*too large"):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list(tmp_path.iterdir()) == [first]
+    assert checkpoint.latest_valid(tmp_path) == first
+    assert checkpoint.latest_valid(save(tmp_path, 2).parent).name == "000000000002"
+
+
+def test_a_model_that_does_not_fit_is_listed_and_left_alone(tmp_path):
+    path = save(tmp_path, 7)
+    other = Memory(8, {"body.weight": (5, 7), "body.bias": (7,), "head.weight": (2,)})
+    before = Memory(8, other.shapes)
+    with pytest.raises(CheckpointError) as error:
+        checkpoint.load(path, other)
+    told = str(error.value)
+    assert "missing: ema_0.9 of head.weight, ema_0.999 of head.weight, exp_avg of head.weight" in told
+    assert "not in the model: exp_avg of projector.weight, exp_avg_sq of projector.weight, master of proj" in told
+    assert "master of body.weight is [7, 5] instead of [5, 7]" in told
+    assert same(other, before)
+
+
+def test_a_format_of_the_future_is_refused(tmp_path):
+    path = save(tmp_path, 7)
+    state = json.loads((path / "state.json").read_text())
+    (path / "state.json").write_text(json.dumps(state | {"format": 99}))
+    with pytest.raises(CheckpointError, match="has format 99, and this version reads 1"):
+        checkpoint.load(path, Memory(7))
+
+
+def test_arguments_are_checked_before_any_work(tmp_path):
+    with pytest.raises(ValueError, match="keep must be at least 1"):
+        save(tmp_path, 1, keep=0)
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        checkpoint.save(tmp_path, Memory(1), nimg=1, state={"weights": torch.zeros(1)}, keep=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def journey(launch, tmp_path_factory) -> tuple[dict, dict, dict]:
+    """Two ranks at stage 3, one rank at stage 1, two ranks at stages 2 and 3."""
+    folder = tmp_path_factory.mktemp("journey")
+    tasks = [("save_at_stage_3", 2), ("move_to_stage_1", 1), ("move_on", 2)]
+    for task, world in tasks:
+        launch(task, world, folder)
+    return tuple(torch.load(folder / f"{task}-{world}.pt") for task, world in tasks)
+
+
+def identical(a: dict[str, dict[str, Tensor]], b: dict[str, dict[str, Tensor]]) -> bool:
+    return a.keys() == b.keys() and all(
+        a[n].keys() == b[n].keys() and all(torch.equal(a[n][k], b[n][k]) for k in a[n]) for n in a
+    )
+
+
+def test_state_is_exact_over_world_sizes_and_stages(journey):
+    start, one, two = journey
+    assert start["scalars"] == {"step": 3, "skipped": 1, "skipped_in_a_row": 1}
+    for stop in (one, *two.values()):
+        assert identical(stop["state"], start["state"])
+        assert stop["scalars"] == start["scalars"]
+        assert stop["follows"], "the forward pass uses the restored weights and buffers"
+    assert one["told"]["config"] == {"size": "B"} and one["told"]["world"] == 2
+
+
+def test_one_rank_that_cannot_write_is_heard_by_all(journey):
+    assert "rank 1 could not write rank00001-000.safetensors" in journey[0]["refusal"]
+
+
+def test_training_goes_on_alike_at_every_stage(journey):
+    runs = [stop["next"] for stop in journey[2].values()]
+    for run in runs:
+        for name, kinds in run.items():
+            for kind, tensor in kinds.items():
+                assert not torch.equal(tensor, journey[0]["state"][name][kind])
+                assert (tensor - runs[0][name][kind]).norm() < 1e-5 * tensor.norm()

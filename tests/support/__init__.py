@@ -1,0 +1,1 @@
+"""What tests of several rooms share: reference numbers, small models and teachers, commands, ranks, gradients."""

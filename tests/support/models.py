@@ -1,0 +1,43 @@
+"""Models of every system small enough for tests, their weights at no special value."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pixelgen_fast import models
+from pixelgen_fast.models.system import System
+
+TINY = {
+    "pixeldit": dict(hidden_size=24, num_heads=2, patch_depth=2, patch_size=4, pixel_hidden_size=8, pixel_depth=2),
+    "jit": dict(hidden_size=24, num_heads=2, depth=4, patch_size=4, bottleneck=6, context_length=3, context_start=1),
+    "deco": dict(hidden_size=24, num_heads=2, patch_depth=2, patch_size=4, decoder_width=8, decoder_depth=2),
+    "pixeldit2": dict(hidden_size=24, num_heads=2, depth=4, patch_size=4, context_length=3, context_start=1),
+    "dino_student": dict(
+        hidden_size=24, num_heads=2, patch_depth=2, patch_size=4, pixel_hidden_size=8, pixel_depth=1
+    ),
+}  # fmt: skip
+
+
+def tiny(system: str, image_size: int = 16, randomise: bool = True, **changes: Any) -> System:
+    """A model of 3 classes. randomise: draw every trained weight anew; zeros at the start would hide what they do."""
+    torch.manual_seed(0)
+    module = models.system_module(system)
+    model = module.build(module.Settings(**(TINY.get(system, {}) | changes)), image_size, num_classes=3)
+    for parameter in model.parameters() if randomise else ():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def tiny_of(system: str, **settings: Any) -> Any:
+    """`tiny` of one system, with settings that its tests share."""
+    return partial(tiny, system, **settings)
+
+
+def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, t, y) of two images of 16 pixels, the second without a class."""
+    generator = torch.Generator().manual_seed(1)
+    z = torch.randn(2, 3, 16, 16, generator=generator, dtype=dtype)
+    return z, torch.rand(2, generator=generator, dtype=dtype), torch.tensor([0, 3])

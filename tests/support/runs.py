@@ -1,0 +1,29 @@
+"""Small runs of the digits: their commands, and what they leave."""
+
+import json
+from pathlib import Path
+
+from pixelgen_fast.runs.checkpoint import checkpoints
+from pixelgen_fast.runs.folder import RunFolder
+
+DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
+TINY = (
+    "model.hidden_size=36", "model.num_heads=3", "model.pixel_depth=1", "optimizer.schedule=constant",
+    "sample.steps=2", "train.global_batch=16", "train.micro_batch=8", "log.every_images=16", "save.every_images=32",
+    "sample.grid_every_images=0", "log.tensorboard=false",
+)  # fmt: skip
+
+
+def train(folder: Path, images: int, *overrides: str) -> list[str]:
+    """The arguments that train a tiny model on the digits."""
+    return ["train", str(DIGITS), *TINY, f"run.dir={folder}", f"train.images={images}", *overrides]
+
+
+def rows(folder: Path) -> list[dict]:
+    """The metrics of a run."""
+    return [json.loads(line) for line in RunFolder(folder).metrics.read_text().splitlines()]
+
+
+def newest(folder: Path) -> Path:
+    """The newest checkpoint of a run."""
+    return checkpoints(RunFolder(folder).checkpoints)[0]
