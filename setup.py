@@ -93,6 +93,7 @@ setup(
         "einops>=0.8",
         "deepspeed>=0.19",
         "omegaconf>=2.4",
+        "pyyaml",
         "safetensors>=0.5",
         "pillow",
         "tqdm",

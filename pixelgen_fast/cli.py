@@ -10,15 +10,17 @@ import logging
 import os
 import sys
 import traceback
+from typing import get_args
 
-from pixelgen_fast import commands, errors
+from pixelgen_fast import commands, errors, processes
+from pixelgen_fast.settings import Solver
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code.
 
-    0 done; 2 refused, nothing was done; 3 failed after work had begun; 70 a fault of the program, with its traceback;
-    75 stopped by a signal with everything saved.
+    0 done; 2 an error to mend, in one line; 70 a fault of the program, with its traceback; 75 stopped by a signal with
+    everything saved.
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
@@ -31,17 +33,30 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"unknown arguments: {' '.join(rest)}")
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # a progress bar in a log file is a line each time it moves
-    rank = int(os.environ.get("RANK", "0"))
-    logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(levelname)s %(message)s")
     errors.begin(False)
     try:
+        _check_processes(args)
+        rank = int(os.environ.get("RANK", "0"))
+        logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(levelname)s %(message)s")
         return args.command(args)
     except Exception as error:
         code = errors.exit_code(error)
         if args.debug or code == errors.FAULT:
             traceback.print_exc()
-        print(f"pixelgen: error: {error}", file=sys.stderr)
+        print(errors.line(error), file=sys.stderr)
         return code
+
+
+def _check_processes(args: argparse.Namespace) -> None:
+    """Name this process where it is one of several. Raises InputError for a command that works in one."""
+    if args.command is commands.train:
+        if args.local_rank is not None:
+            os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+        processes.join(os.environ)
+    elif (count := processes.world_size(os.environ)) > 1:
+        raise errors.InputError(
+            f"{count} processes were started (torchrun, srun), and this command works in one process: start it alone"
+        )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -75,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--classes", nargs="+", metavar="NAME", help="classes to draw (default: the first ten)")
     sample.add_argument("--per-class", type=int, default=8, help="images of each class (default: 8)")
     sample.add_argument("--out", help="folder to write (default: RUN/generated)")
+    sample.add_argument("--overwrite", action="store_true", help="replace what an earlier sample wrote there")
 
     evaluate = command(
         "evaluate",
@@ -167,7 +183,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run", help="run folder, checkpoint, or exported folder")
     parser.add_argument("--weights", help="ema (default), raw, or one of several averages such as ema_0.9999")
     parser.add_argument("--steps", type=int, help="solver steps")
-    parser.add_argument("--solver", choices=("euler", "heun", "adams2"))
+    parser.add_argument("--solver", choices=get_args(Solver))
     parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1 is none")
     parser.add_argument(
         "--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times between which guidance acts"

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -24,8 +23,6 @@ def train(args: argparse.Namespace) -> int:
     config = cfg.load(args.config, args.overrides, models.model_schema)
     if args.dry_run:
         return dry_run(config)
-    if args.local_rank is not None:
-        os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
     from pixelgen_fast.engine.trainer import Trainer
 
     return Trainer(config).run()
@@ -52,24 +49,22 @@ def dry_run(config: cfg.Config) -> int:
 
 def sample(args: argparse.Namespace) -> int:
     import torch
-    from PIL import Image
-    from tqdm import tqdm
 
-    from pixelgen_fast.eval.grid import save_grid
     from pixelgen_fast.runs import draw
+    from pixelgen_fast.runs.drawn import DrawnFolder
 
+    if args.per_class < 1:
+        raise errors.InputError(f"--per-class is {args.per_class}; it must be at least 1")
+    changes = _sampling(args)
+    out = DrawnFolder(Path(args.out).expanduser() if args.out else RunFolder(Path(args.run)).generated)
+    out.check(args.overwrite)
     loaded = draw.load(args.run, args.weights, _device(args))
     chosen = _class_numbers(args.classes, loaded.classes)
     labels = torch.tensor(chosen).repeat_interleave(args.per_class)
-    out = Path(args.out or RunFolder(Path(args.run)).generated)
-    images = loaded.draw(labels, progress=True, **_sampling(args))
-    for number, image in enumerate(tqdm(images.numpy(), desc="write", unit="img")):
-        folder = out / loaded.classes[int(labels[number])]
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(image).save(folder / f"{number:06d}.png")
-    names = [loaded.classes[c] for c in chosen]
-    grid = save_grid(images.numpy(), out / "grid.png", columns=args.per_class, row_titles=names)
-    print(f"{len(images)} images in {out}, all of them on {grid}")
+    out.begin([loaded.classes[c] for c in chosen], args.per_class)
+    for images in loaded.batches(labels, progress=True, **changes):
+        out.write(images.numpy())
+    print(out.finish())
     return 0
 
 
@@ -78,6 +73,9 @@ def evaluate(args: argparse.Namespace) -> int:
 
     from pixelgen_fast.runs import draw
 
+    changes = _sampling(args)
+    if args.samples is not None and args.samples < 2:
+        raise errors.InputError(f"--samples is {args.samples}; it must be at least 2")
     loaded = draw.load(args.run, args.weights, _device(args))
     digits = loaded.config.data.root == "digits"
     count = args.samples or (1000 if digits else 50_000)
@@ -91,7 +89,7 @@ def evaluate(args: argparse.Namespace) -> int:
         from pixelgen_fast.eval.fid import check_reference
 
         check_reference(args.reference, weights=args.inception)
-    images = loaded.draw(labels, progress=True, **_sampling(args))
+    images = loaded.draw(labels, progress=True, **changes)
     if digits:
         from pixelgen_fast.eval.digits import evaluate_digits
 
@@ -100,12 +98,12 @@ def evaluate(args: argparse.Namespace) -> int:
         from pixelgen_fast.eval.fid import evaluate_fid
 
         report = evaluate_fid(images, args.reference, weights=args.inception, device=_device(args), progress=True)
-    settings = {name: getattr(loaded.config.sample, name) for name in _SAMPLING} | _sampling(args)
+    settings = {name: getattr(loaded.config.sample, name) for name in _SAMPLING} | changes
     del settings["batch"]  # the images do not depend on it
     settings |= {"weights": loaded.weights, "nimg": loaded.nimg}
     print(f"{args.run}: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
     print("\n".join(report.lines()))
-    out = Path(args.out or RunFolder(Path(args.run)).evaluation)
+    out = Path(args.out).expanduser() if args.out else RunFolder(Path(args.run)).evaluation
     out.write_text(json.dumps({"settings": settings, "report": report.as_dict()}, indent=2) + "\n")
     return 0
 
@@ -221,8 +219,11 @@ def _device(args: argparse.Namespace) -> str:
 
 
 def _sampling(args: argparse.Namespace) -> dict:
-    chosen = {name: getattr(args, name) for name in _SAMPLING}
-    return {k: tuple(v) if k == "interval" else v for k, v in chosen.items() if v is not None}
+    """The options that were given. Raises ConfigError, naming the option, for one out of its range."""
+    given = {name: getattr(args, name) for name in _SAMPLING}
+    chosen = {k: tuple(v) if k == "interval" else v for k, v in given.items() if v is not None}
+    cfg.check_sampling(cfg.Sampling(**chosen), "--")
+    return chosen
 
 
 def _class_numbers(names: list[str] | None, classes: list[str]) -> list[int]:

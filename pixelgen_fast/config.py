@@ -6,16 +6,15 @@ in images everywhere (`*_images`); steps appear in logs only. `model` is checked
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
+from pixelgen_fast.overrides import Override, merge, read_layers
 from pixelgen_fast.settings import (
     ConfigError,
     Crop,
@@ -199,29 +198,6 @@ def load(path: str | Path, overrides: Iterable[str], model_schema: Callable[[str
     return from_layers(read_layers(path, overrides), model_schema)
 
 
-def read_layers(path: str | Path, overrides: Iterable[str]) -> list[tuple[str, Any]]:
-    """(origin, values) of a YAML file and of each override, for a merge that names who is wrong.
-
-    Raises ConfigError for a missing or malformed file and for an override without "=".
-    """
-    path = Path(path)
-    if not path.is_file():
-        near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
-        raise ConfigError(f"{path}: no such configuration file" + (f"; there are {', '.join(near)}" if near else ""))
-    try:
-        values = OmegaConf.load(path)
-    except Exception as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not OmegaConf.is_dict(values):
-        raise ConfigError(f"{path}: a configuration is a mapping of sections, this file holds {type(values).__name__}")
-    layers = [(str(path), values)]
-    for text in overrides:
-        if "=" not in text:
-            raise ConfigError(f"override {text!r}: write key.sub=value, for example optimizer.lr=2e-4")
-        layers.append((f"override {text!r}", OmegaConf.from_dotlist([text])))
-    return layers
-
-
 def from_dict(values: dict[str, Any], model_schema: Callable[[str], type]) -> Config:
     """Rebuild a configuration that `to_dict` made, with the same checks."""
     return from_layers([("saved configuration", OmegaConf.create(values))], model_schema)
@@ -231,7 +207,10 @@ def from_layers(layers: list[tuple[str, Any]], model_schema: Callable[[str], typ
     """Merge (origin, values) layers, later over earlier, into a checked Config."""
     system = None
     for _, values in layers:
-        system = OmegaConf.select(values, "model.system", default=system)
+        if not isinstance(values, Override):
+            system = OmegaConf.select(values, "model.system", default=system)
+        elif values.key == "model.system":
+            system = values.text
     if system is None:
         raise ConfigError(f"{layers[0][0]}: model.system is missing")
     try:
@@ -241,22 +220,6 @@ def from_layers(layers: list[tuple[str, Any]], model_schema: Callable[[str], typ
     config: Config = merge(Config, layers, model_class)
     validate(config)
     return config
-
-
-def merge(schema: type, layers: list[tuple[str, Any]], model_class: type | None = None) -> Any:
-    """(origin, values) layers over the defaults of a schema, later over earlier. Raises ConfigError that names who.
-
-    model_class: the dataclass of the section `model`, where the schema leaves it open.
-    """
-    merged = OmegaConf.structured(schema)
-    if model_class is not None:
-        merged.model = OmegaConf.structured(model_class)
-    for origin, values in layers:
-        try:
-            merged = OmegaConf.merge(merged, values)
-        except OmegaConfBaseException as error:
-            raise ConfigError(f"{origin}: {explain(error, schema, model_class)}") from error
-    return OmegaConf.to_object(merged)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -273,9 +236,8 @@ def validate(config: Config) -> None:
     check_ranges(config)
     _check_optimizer(config)
     _check_step(config)
-    d, s, a = config.data, config.sample, config.alignment
-    if s.interval is not None and not s.interval[0] < s.interval[1]:
-        raise ConfigError(f"sample.interval is {s.interval}; the first must be below the second")
+    check_sampling(config.sample)
+    d, a = config.data, config.alignment
     if a.teacher is None and (a.weights or a.cache):
         raise ConfigError(
             "alignment.weights or alignment.cache is given, but alignment.teacher is null; name a teacher"
@@ -285,6 +247,13 @@ def validate(config: Config) -> None:
             "alignment.cache keeps one feature map of each image and data.flip shows two; set data.flip=false, or "
             "alignment.cache=null"
         )
+
+
+def check_sampling(settings: Sampling, prefix: str = "sample.") -> None:
+    """Raise ConfigError, naming what stands before the name of a setting too, for images that cannot be drawn."""
+    check_ranges(settings, prefix)
+    if settings.interval is not None and not settings.interval[0] < settings.interval[1]:
+        raise ConfigError(f"{prefix}interval is {settings.interval}; the first must be below the second")
 
 
 def _check_optimizer(config: Config) -> None:
@@ -339,25 +308,3 @@ def check_world(config: Config, world: int) -> int:
 
 def _divisors(n: int) -> str:
     return ", ".join(str(k) for k in range(1, n + 1) if n % k == 0)
-
-
-def explain(error: OmegaConfBaseException, schema: type, model_class: type | None = None) -> str:
-    """The error's first line; for an unknown key, the nearest one and all that its section has.
-
-    model_class: the dataclass of the section `model`, which the schema leaves open.
-    """
-    message = str(error).splitlines()[0]
-    key = getattr(error, "full_key", None)
-    if not key:
-        return message
-    section, _, name = key.rpartition(".")
-    owner: Any = schema
-    for part in filter(None, section.split(".")):
-        owner = get_type_hints(owner).get(part) if is_dataclass(owner) else None
-        owner = model_class if part == section == "model" else owner
-    valid = [f.name for f in fields(owner)] if is_dataclass(owner) else []
-    if name in valid or not valid:
-        return f"{key}: {message}"
-    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.4)
-    hint = f"; did you mean {f'{section}.' if section else ''}{near[0]}?" if near else ""
-    return f"{key}: unknown key{hint} Valid in {section or 'the file'}: {', '.join(valid)}"

@@ -1,15 +1,13 @@
-"""What a user can mend, and whether anything was done before it was found.
+"""What a user can mend, what not, and whether work had begun before it was found.
 
-    refused     before the first step, image or file: nothing was done, and the same command may be given again
-    failed      after work had begun; what was saved before stays
-
-An error of this kind is shown as one line. Before work has begun the same goes for what a library says of bad input or
-a missing file; after that, whatever is not a UserError is a fault of the program, and keeps its traceback.
+An error to mend is one line and exit code 2. Before work has begun that goes for what a library says of bad input or a
+missing file as well, and nothing was done; after that the line says that what was saved stays, and whatever is not a
+UserError is a fault of the program: it keeps its traceback and has another code.
 """
 
 from __future__ import annotations
 
-REFUSED, FAILED, FAULT = 2, 3, 70  # exit codes: usage, failed in the middle, sysexits.h EX_SOFTWARE
+MEND, FAULT = 2, 70  # exit codes: usage, and sysexits.h EX_SOFTWARE
 SET_UP = (ValueError, OSError, RuntimeError, ImportError)
 
 
@@ -31,7 +29,10 @@ def begin(working: bool = True) -> None:
 
 
 def exit_code(error: Exception) -> int:
-    """The exit code that an error deserves: REFUSED or FAILED for one line, FAULT for a traceback."""
-    if isinstance(error, UserError):
-        return FAILED if _began else REFUSED
-    return FAULT if _began or not isinstance(error, SET_UP) else REFUSED
+    """MEND for an error to be shown as one line, FAULT for one with its traceback."""
+    return MEND if isinstance(error, UserError) or (not _began and isinstance(error, SET_UP)) else FAULT
+
+
+def line(error: Exception) -> str:
+    """What to print of it."""
+    return f"pixelgen: error: {error}" + ("; work had begun, and what was saved stays" if _began else "")

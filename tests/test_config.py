@@ -40,6 +40,49 @@ def test_overrides_are_typed() -> None:
     assert config.sample.interval == (0.1, 0.9) and config.data.num_classes is None
 
 
+@pytest.mark.parametrize("text", ["set #2", "007", "1e3", "yes", "a: b", "[x", "${HOME}x".replace("$", "S")])
+def test_a_text_stays_as_it_was_typed(text: str) -> None:
+    assert load(f"data.root={text}").data.root == text
+
+
+def test_what_yaml_means_stands_in_quotes_or_elsewhere() -> None:
+    assert load("data.root='set #2'").data.root == "set #2"
+    assert load("run.init=null").run.init is None and load("run.init=07").run.init == "07"
+    assert load("optimizer.lr=2e-4").optimizer.lr == 2e-4
+    with pytest.raises(cfg.ConfigError, match="optimizer.lr"):
+        load("optimizer.lr=2e-4 # higher")
+
+
+@pytest.mark.parametrize("value", ["${", "[1, 2", "{a: b: c}"])
+def test_what_is_no_value_is_refused_by_name(value: str) -> None:
+    with pytest.raises(cfg.ConfigError, match="optimizer.clip"):
+        load(f"optimizer.clip={value}")
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/someone")
+    config = load("run.dir=~/runs/x", "data.root=~/images")
+    assert config.run.dir == "/home/someone/runs/x" and config.data.root == "/home/someone/images"
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--batch", "0"], "--batch is 0"),
+        (["--per-class", "-2"], "--per-class is -2"),
+        (["--shift", "0"], "--shift is 0"),
+        (["--steps", "0"], "--steps is 0"),
+        (["--guidance", "nan"], "--guidance is nan"),
+        (["--interval", "0.9", "0.1"], "--interval is"),
+    ],
+)
+def test_options_of_sampling_are_refused_by_name(
+    options: list[str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sample", "no_such_run", *options]) == 2
+    assert name in capsys.readouterr().err
+
+
 def test_plain_types_round_trip() -> None:
     config = load("optimizer.schedule=stepped", "optimizer.drops=[{at_images: 640, lr: 1e-5}]")
     assert cfg.from_dict(cfg.to_dict(config), model_schema) == config

@@ -18,7 +18,7 @@ import numpy as np
 from pixelgen_fast.compare.results import Spread, Variant, collect, flow_key
 from pixelgen_fast.compare.schema import Compare, slug, teacher_folder
 from pixelgen_fast.distill.schema import REPORT
-from pixelgen_fast.eval.curves import running_mean
+from pixelgen_fast.eval.curves import png_figures, running_mean
 from pixelgen_fast.runs.folder import RunFolder
 
 COLOURS = ("#1f4e79", "#c1440e", "#2e7d32", "#7b3f99", "#b8860b", "#444444", "#008b8b", "#a0522d")
@@ -153,8 +153,7 @@ def draw_curves(variants: Sequence[Variant], key: str | None, path: Path) -> Pat
 
     key: a column of the metrics, None for the flow-matching loss.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    FigureCanvasAgg, Figure = png_figures()
     from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
     figure = Figure(figsize=(9, 4.2), layout="constrained")

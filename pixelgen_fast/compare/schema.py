@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from pixelgen_fast import config as cfg
 from pixelgen_fast.config import ConfigError
 from pixelgen_fast.models import model_schema
+from pixelgen_fast.overrides import merge, read_layers
 
 
 @dataclass
@@ -50,7 +51,7 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, quick: bool = False
 
     Raises ConfigError naming the file, the key or the variant.
     """
-    compare: Compare = cfg.merge(Compare, cfg.read_layers(path, overrides))
+    compare: Compare = merge(Compare, read_layers(path, overrides))
     if quick:
         settings = OmegaConf.to_container(OmegaConf.merge(compare.settings, compare.quick.settings))
         compare = replace(compare, seeds=compare.quick.seeds, samples=compare.quick.samples, settings=settings)

@@ -2,7 +2,8 @@
 
 `inspect` reads the header (a few tens of microseconds) and refuses bytes that cannot be a whole image: the loader then
 needs no failed decode to find out. A file is truncated when its format's end is missing:
-    JPEG  no end-of-image marker (FF D9) behind the last start of scan (FF DA)
+    JPEG  no end-of-image marker (FF D9) behind its scans; what lies behind the end, as phones put clips there, is none
+          of the image
     PNG   no IEND chunk
     WebP  fewer bytes than the RIFF header promises
 `to_rgb` fixes what every image becomes: 8-bit RGB; alpha and transparency are dropped, not blended; 16-bit
@@ -13,6 +14,7 @@ colour profiles ignored.
 from __future__ import annotations
 
 import io
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +26,7 @@ _DIRECT_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "PPM"}
 _DIRECT_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
 _PNG_DEPTH = 24  # where IHDR, always the first chunk, has the bits per channel
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]", re.DOTALL)  # one that stands in no scan's data
 _WHAT_PIL_RAISES = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
@@ -95,9 +98,19 @@ def _open(data: bytes) -> Image.Image:
         raise UnreadableImage(str(error)) from error
 
 
+def _jpeg_ends(data: bytes) -> bool:
+    """Whether the first image of the bytes has its end, segment by segment (ITU-T T.81, B.1.1)."""
+    at = 2
+    while marker := _MARKER.search(data, at):
+        if data[marker.end() - 1] == _END_OF_IMAGE[1]:
+            return True
+        at = marker.end() + int.from_bytes(data[marker.end() : marker.end() + 2], "big")
+    return False
+
+
 def _check_end(data: bytes, format: str | None) -> None:
     if format in ("JPEG", "MPO"):
-        whole = data.endswith(_END_OF_IMAGE) or data.rfind(_END_OF_IMAGE) > data.rfind(_START_OF_SCAN)
+        whole = data.rfind(_END_OF_IMAGE) > data.rfind(_START_OF_SCAN) or _jpeg_ends(data)
     elif format == "PNG":
         whole = data.rfind(b"IEND") >= 0
     elif format == "WEBP":

@@ -85,6 +85,15 @@ def open_index(root: str | Path) -> ImageIndex:
     return TarIndex(root, shards) if shards else FolderIndex(root)
 
 
+def data_fingerprint(index: ImageIndex) -> str:
+    """A checksum of the images' names below the root, their order and their classes; their contents are not read."""
+    digest = hashlib.sha256(json.dumps([len(index), index.size, index.classes]).encode())
+    digest.update(index.labels.tobytes())
+    for i in range(len(index)):
+        digest.update(index.path(i).removeprefix(str(index.root)).encode("utf-8", "surrogateescape"))
+    return digest.hexdigest()
+
+
 class FolderIndex(ImageIndex):
     """A class-per-folder tree of JPEG, PNG and WebP files; files straight in the root are one class of the root's
     name."""
@@ -108,6 +117,9 @@ class FolderIndex(ImageIndex):
             raise InputError(f"{root} holds no images ({', '.join(EXTENSIONS)}): {others.text() or 'it is empty'}")
         others.warn(root)
         _warn_classes(root, classes, [len(names) for names in found])
+        if len(classes) == 1 and found[0][0].count("/") > 1:
+            below = root / classes[0]
+            _log.warning("%s: one class, %s, with folders below it; did you mean %s?", root, classes[0], below)
         self._names = _Names(name for names in found for name in names)
         super().__init__(root, classes, np.repeat(np.arange(len(classes)), [len(names) for names in found]))
 

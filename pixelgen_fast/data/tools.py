@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import struct
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -182,7 +183,7 @@ def _cropped(index: ImageIndex, size: int, crop: str, upright: bool, i: int) -> 
         image = load(index.read(i))
     except (UnreadableImage, OSError) as error:
         return str(error)
-    image = to_rgb(ImageOps.exif_transpose(image) if upright else image)
+    image = to_rgb(ImageOps.exif_transpose(image) if upright and _turned(image) else image)
     image = centre_crop(image, size) if crop == "adm" else image.resize((size, size), Image.Resampling.BICUBIC)
     return image.tobytes()
 
@@ -194,8 +195,15 @@ def _look(index: ImageIndex, i: int) -> tuple[str, str, str, bool] | str:
     except (UnreadableImage, OSError) as error:
         return str(error)
     side = _side_names()[sum(min(image.size) >= edge for edge in _SIDES)]
-    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-    return str(image.format), image.mode, side, turned
+    return str(image.format), image.mode, side, _turned(image)
+
+
+def _turned(image: Image.Image) -> bool:
+    """Whether an image asks to be rotated or mirrored; one whose EXIF block cannot be read does not."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return False
 
 
 def _side_names() -> list[str]:

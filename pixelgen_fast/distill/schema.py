@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pixelgen_fast.config import merge, read_layers
+from pixelgen_fast.overrides import merge, read_layers
 from pixelgen_fast.settings import ConfigError, Device, above, at_least, check_ranges, within
 
 REPORT = "report.json"  # in run.dir, what the teacher's judge found

@@ -106,14 +106,14 @@ def train(config: TeacherConfig) -> TeacherReport:
         seconds=time.perf_counter() - start,
         **judge(teacher),
     )
-    (folder / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n")
-    _publish(config, teacher, judge, folder / "teacher")
+    _publish(config, teacher, judge, report, folder)
     return report
 
 
-def _publish(config: TeacherConfig, teacher: Learner, judge: Judge, folder: Path) -> None:
+def _publish(config: TeacherConfig, teacher: Learner, judge: Judge, report: TeacherReport, folder: Path) -> None:
+    (folder / REPORT).write_text(json.dumps(asdict(report), indent=2) + "\n")
     mean, std = judge.mean.flatten().tolist(), judge.std.flatten().tolist()
-    with published_folder(folder) as work:
+    with published_folder(folder / "teacher") as work:
         kwargs = network_kwargs(config)
         save_teacher(work, teacher.network, architecture=ARCHITECTURE, kwargs=kwargs, mean=mean, std=std)
 

@@ -29,7 +29,7 @@ from pixelgen_fast.engine.optimizer import run_optimizer
 from pixelgen_fast.engine.parallel import wrap_blocks
 from pixelgen_fast.models.system import System
 from pixelgen_fast.runs import checkpoint
-from pixelgen_fast.runs.draw import load_weights
+from pixelgen_fast.runs.draw import load_for_other_classes
 from pixelgen_fast.runs.export import read_exported
 from pixelgen_fast.runs.folder import RunFolder
 
@@ -94,7 +94,7 @@ def assemble(config: cfg.Config) -> Parts:
     flops = 3 * forward_flops(model, config.data.image_size)
     # refuses what was asked for and cannot run here, before anything is written
     operators = describe_operators(device, precision, model.head_dim)
-    _initialise(model, config.run.init)
+    _initialise(model, config.run.init, rank)
     wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=config.train.compile_blocks)
     alignment = build_alignment(config, model, index, device)
     objective = FlowMatching(model, config.objective, config.run.seed, len(index.classes), alignment)
@@ -111,11 +111,13 @@ def assemble(config: cfg.Config) -> Parts:
     return Parts(config, built, folder, device, precision, rank, world, index, operators, flops, objective, engine)
 
 
-def _initialise(model: System, weights: str | None) -> None:
+def _initialise(model: System, weights: str | None, rank: int) -> None:
     """Begin from an exported model, where run.init names one."""
     if weights:
         state, _ = read_exported(Path(weights))
-        load_weights(model, state, weights)
+        said = load_for_other_classes(model, state, weights)
+        if said and rank == 0:
+            print(said)
 
 
 def describe_operators(device: torch.device, precision: str, head_dim: int) -> str:

@@ -12,7 +12,6 @@ numbers whatever the cache held before. The disk must have room for 2 N L D byte
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import zlib
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from pixelgen_fast.config import ConfigError
 from pixelgen_fast.data.cache import locked, published_folder
-from pixelgen_fast.data.index import ImageIndex
+from pixelgen_fast.data.index import ImageIndex, data_fingerprint
 from pixelgen_fast.data.order import position
 
 
@@ -106,15 +105,6 @@ class FeatureCache:
                 f"alignment.cache {self.folder} was filled for something else: {'; '.join(changed)}; choose another "
                 "folder, or delete this one"
             )
-
-
-def data_fingerprint(index: ImageIndex) -> str:
-    """A checksum of the images' names below the root, their order and their classes; their contents are not read."""
-    digest = hashlib.sha256(json.dumps([len(index), index.size, index.classes]).encode())
-    digest.update(index.labels.tobytes())
-    for i in range(len(index)):
-        digest.update(index.path(i).removeprefix(str(index.root)).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
 
 
 def _seal(image_seal: int, features: np.ndarray) -> int:

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from pixelgen_fast import config as cfg
+from pixelgen_fast.engine.rows import RowFile
 from pixelgen_fast.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -123,7 +124,7 @@ class Metrics:
         if not self.active:
             return
         _drop_rows_after(folder.metrics, nimg)
-        self.file = folder.metrics.open("a", buffering=1)
+        self.rows = RowFile(folder.metrics, self.say)
         self.writer = _summary_writer(folder, nimg) if config and config.log.tensorboard else None
         self.wandb = _wandb_run(folder, config) if config and config.log.wandb_project else None
 
@@ -134,7 +135,7 @@ class Metrics:
         """Record a row; `nimg` is its clock. loss is None when no step of the interval had a finite one."""
         if not self.active:
             return
-        self.file.write(json.dumps(row) + "\n")
+        self.rows.append(row)
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
         self.bar.set_postfix_str(f"loss {loss}, {row['images_per_second']:.1f} img/s", refresh=False)
         if self.writer:
@@ -152,7 +153,7 @@ class Metrics:
     def close(self) -> None:
         self.bar.close()
         if self.active:
-            self.file.close()
+            self.rows.close()
             if self.writer:
                 self.writer.close()
             if self.wandb:

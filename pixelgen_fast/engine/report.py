@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -85,9 +86,8 @@ class Report:
             labels = torch.arange(min(s.grid_classes, len(p.classes))).repeat_interleave(s.grid_per_class)
             images = self.drawer.draw(labels)
             self.drawer.model.cpu()  # between grids its memory is the run's
-            path.parent.mkdir(parents=True, exist_ok=True)
             names = [p.classes[int(y)] for y in labels[:: s.grid_per_class]]
-            save_grid(images.numpy(), path, columns=s.grid_per_class, row_titles=names)
+            self._keep(path, lambda: save_grid(images.numpy(), path, columns=s.grid_per_class, row_titles=names))
         if p.world > 1:
             dist.barrier()
 
@@ -98,11 +98,18 @@ class Report:
         self.metrics.close()
         if self.parts.rank:
             return
-        save_curves(read_metrics(folder.metrics), folder.loss, title=folder.root.name)
+        self._keep(folder.loss, lambda: save_curves(read_metrics(folder.metrics), folder.loss, title=folder.root.name))
         print(
             f"done: {nimg:,} images in {seconds:.0f} s; samples {folder.final}, loss {folder.loss}, "
             f"weights {folder.checkpoints}. Next: pixelgen evaluate {folder.root}"
         )
+
+    def _keep(self, path: Path, write: Callable[[], object]) -> None:
+        """Write a picture. One that cannot be written is said to be missing, and costs nothing else."""
+        try:
+            write()
+        except (OSError, ValueError) as error:
+            self.say(f"{path} is missing, the run goes on: {error}")
 
     def close(self) -> None:
         self.metrics.close()

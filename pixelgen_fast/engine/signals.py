@@ -1,4 +1,4 @@
-"""Stopping in good order: SIGTERM (a cluster's preemption) and SIGINT (Ctrl-C) ask, the training loop answers.
+"""Stopping in good order: a signal asks, the training loop answers.
 
 A handler only notes the wish. The loop asks `any_rank` after each step, so all ranks stop at the same one, saves, and
 exits with REQUEUE. A second SIGINT stops at once with KeyboardInterrupt.
@@ -22,13 +22,17 @@ import torch.distributed as dist
 
 # sysexits.h EX_TEMPFAIL: stopped by a signal with everything saved; the same command goes on from there.
 REQUEUE = 75
+# a cluster's preemption, Ctrl-C, a terminal that goes away, SLURM's warning before the time limit (--signal=USR1@120)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # torchrun passes a Ctrl-C on to ranks that the terminal has told already: that echo is no second wish.
 ECHO_SECONDS = 0.5
 
 
 class StopRequest:
-    """Context manager that turns SIGTERM and SIGINT into a wish to stop. Main thread only (Python's own rule).
+    """Context manager that turns the SIGNALS into a wish to stop. Main thread only (Python's own rule).
 
+    SIGHUP stays ignored where it is already, as under `nohup`; a shell's background jobs ignore SIGINT, and are asked
+    by it all the same.
     `name` is the signal's name once there has been one, else None. Handlers are put back at the end.
     """
 
@@ -40,7 +44,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         self._pid = os.getpid()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._previous[number] = signal.signal(number, self._note)
         return self
 

@@ -7,12 +7,15 @@ ranks and at any ZeRO stage, goes on as if it had never stopped.
 from __future__ import annotations
 
 import shutil
+from contextlib import closing
+from typing import Any
 
 import torch
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast import errors
 from pixelgen_fast.data.dali import Loader
+from pixelgen_fast.data.index import data_fingerprint
 from pixelgen_fast.dino.kept import keep_dino
 from pixelgen_fast.engine.assemble import assemble
 from pixelgen_fast.engine.graph import capture
@@ -22,6 +25,7 @@ from pixelgen_fast.engine.signals import REQUEUE, StopRequest, any_rank
 from pixelgen_fast.engine.step import training_step
 from pixelgen_fast.engine.watch import SkipWatch
 from pixelgen_fast.runs import checkpoint
+from pixelgen_fast.runs.owner import Owner
 
 # what a checkpoint's tensors depend on, beside the section `model`
 FIXED = (
@@ -49,8 +53,14 @@ class Trainer:
         self.config, self.parts = config, assemble(config)
         self.engine, self.folder, self.rank = self.parts.engine, self.parts.folder, self.parts.rank
         self.nimg, self.saved, self.seconds = 0, -1, 0.0
-        self._resume()
-        self._check_disk()
+        # kept in checkpoints and compared on resuming
+        self.data = {"images": len(self.parts.index), "fingerprint": data_fingerprint(self.parts.index)}
+        self.owner = Owner(self.folder.root)
+        try:
+            self._claim()
+        except BaseException:
+            self.owner.close()
+            raise
         if config.train.cuda_graph:
             capture(self.parts.objective, config.train.micro_batch, config.data.image_size, self.parts.device)
         if self.rank == 0:
@@ -62,10 +72,20 @@ class Trainer:
         self.watch = SkipWatch(self.parts.device)
         self.signals = StopRequest()
 
+    def _claim(self) -> None:
+        """Become the one run that writes the folder, and go on from what is there. A refused run makes none."""
+        begun = self.folder.root.is_dir()
+        if begun and self.rank == 0:
+            self.owner.take()
+        self._resume()
+        self._check_folder()
+        if not begun and self.rank == 0:
+            self.owner.take()
+
     def run(self) -> int:
         """Train to the end, or until a signal; returns the exit code. Raises TrainingError where it makes no sense."""
         c, batch, total = self.config, self.config.train.global_batch, self.parts.total
-        with self.signals, self.loader:
+        with closing(self.owner), self.signals, self.loader:
             errors.begin()
             interval = Interval(self.nimg, self.loader)
             while self.nimg < total:
@@ -120,7 +140,12 @@ class Trainer:
         """Write a checkpoint. One that cannot be written costs nothing yet: the run goes on, unless it ends here."""
         if self.saved == self.nimg:
             return
-        state = {"config": cfg.to_dict(self.config), "classes": self.parts.classes, "seconds": self.seconds}
+        state = {
+            "config": cfg.to_dict(self.config),
+            "classes": self.parts.classes,
+            "data": self.data,
+            "seconds": self.seconds,
+        }
         try:
             checkpoint.save(
                 self.folder.checkpoints, self.engine, nimg=self.nimg, state=state, keep=self.config.save.keep
@@ -140,10 +165,18 @@ class Trainer:
         # What this run has saved itself is newer than what it once began from.
         path = own if own or not source else checkpoint.find(source, group)
         if path is None:
+            if left := checkpoint.checkpoints(self.folder.checkpoints):
+                raise checkpoint.CheckpointError(
+                    f"all {len(left)} checkpoints in {self.folder.checkpoints} are damaged, the newest of image "
+                    f"{int(left[0].name):,}; put a whole one there, name one in run.resume, or choose another run.dir "
+                    "to begin anew"
+                )
             return
         state = checkpoint.read_state(path)
         changed = differences(state["config"], cfg.to_dict(self.config))
         fixed = [key for key in changed if key.startswith("model.") or key in FIXED]
+        if {*state["config"]["optimizer"]["ema"]} != {*self.config.optimizer.ema}:
+            fixed.append("optimizer.ema")
         if fixed or state["classes"] != self.parts.classes:
             what = ", ".join(f"{key} ({changed[key]})" for key in fixed) or f"classes of {self.config.data.root}"
             raise cfg.ConfigError(
@@ -159,12 +192,19 @@ class Trainer:
             )
             for key, change in changed.items():
                 print(f"  {key} has changed: {change}")
+            if text := data_change(state.get("data"), self.data):
+                print(f"  {text}")
 
-    def _check_disk(self) -> None:
-        """Refuse to start a run whose checkpoints will not fit."""
+    def _check_folder(self) -> None:
+        """Refuse to start a run that cannot write its folder, or whose checkpoints will not fit."""
         if self.rank:
             return
         root, keep = self.folder.root, self.config.save.keep
+        for path in (root, self.folder.checkpoints, self.folder.tensorboard, self.folder.samples(0).parent):
+            if path.exists() and not path.is_dir():
+                raise TrainingError(
+                    f"{path} is a file where the run keeps a folder; move it, or choose another run.dir"
+                )
         root.mkdir(parents=True, exist_ok=True)
         numel = sum(torch.Size(shape).numel() for shape in self.engine.shapes.values())
         need = 4 * numel * (3 + len(self.config.optimizer.ema)) * (keep + 1)
@@ -185,6 +225,15 @@ class Trainer:
 def crossed(nimg: int, batch: int, interval: int) -> bool:
     """Whether the step of `batch` images that ended at nimg reached a multiple of the interval (0: never)."""
     return interval > 0 and nimg // interval > (nimg - batch) // interval
+
+
+def data_change(old: dict[str, Any] | None, new: dict[str, Any]) -> str:
+    """What to say of data that are not those of the checkpoint; nothing where they are, or where it does not tell."""
+    if not old or old == new:
+        return ""
+    counts = f"{old['images']:,} images -> {new['images']:,}"
+    what = counts if old["images"] != new["images"] else f"{new['images']:,} images as before, with others among them"
+    return f"the data have changed: {what}; image numbers mean other images than before"
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> dict[str, str]:

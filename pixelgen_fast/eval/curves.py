@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -51,6 +53,21 @@ def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     return (sums[last] - sums[first]) / (last - first)
 
 
+def png_figures() -> tuple[type, type]:
+    """matplotlib's canvas of PNG files and its Figure. Raises ImportError if it is missing.
+
+    MPLBACKEND may name a notebook's backend that this environment does not have, and importing matplotlib would fail.
+    """
+    if "matplotlib" not in sys.modules:
+        os.environ["MPLBACKEND"] = "agg"
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError("curves are drawn with matplotlib: pip install matplotlib") from error
+    return FigureCanvasAgg, Figure
+
+
 def _draw_panel(panel: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None:
     """Every number that the rows hold under the key, and its running mean. panel: matplotlib's Axes."""
     points = [(row["nimg"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
@@ -81,12 +98,8 @@ def save_curves(
     of that panel. Returns the path; its folder is made if need be.
     Raises ValueError if a key has no number in any row, ImportError if matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import EngFormatter
-    except ImportError as error:
-        raise ImportError("curves are drawn with matplotlib: pip install matplotlib") from error
+    FigureCanvasAgg, Figure = png_figures()
+    from matplotlib.ticker import EngFormatter
 
     rows = list(rows)
     figure = Figure(figsize=(7.5, 3.4 * len(keys)), layout="constrained")

@@ -45,6 +45,8 @@ class System(Float32Tables, ABC):
     # velocity_loss noises and compares inside the model's own operators
     fuses_loss: ClassVar[bool] = False
     first_tap: ClassVar[int] = 1
+    # name of the parameter [num_classes + 1, ...] with a row for each class, the last for no class
+    class_table: ClassVar[str] = "y_embed.weight"
     # whether a forward pass in training draws from torch's generator, which is then seeded before each
     draws: bool = False
     # how often training hides the grounding from an image, for a forward(..., ground=bool [B]) that takes it

@@ -116,19 +116,25 @@ def damage(path: Path | str, rank: int = 0, world: int = 1) -> list[str]:
     """What is wrong with a checkpoint, by its manifest; empty if nothing. Ranks of a world share the files out."""
     path = Path(path)
     try:
-        files = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return [f"{MANIFEST} cannot be read ({error})"]
-    found = []
-    for name, entry in sorted(files.items())[rank::world]:
-        file = path / name
+        files = sorted(json.loads((path / MANIFEST).read_text())["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{MANIFEST} cannot be read ({error!r})"]
+    return [problem for name, entry in files[rank::world] if (problem := _damage(path / name, entry))]
+
+
+def _damage(file: Path, entry: Any) -> str:
+    """What is wrong with a file by its entry in the manifest. What cannot be read is damaged, not the end of a run."""
+    name = file.name
+    try:
         if not file.is_file():
-            found.append(f"{name} is missing")
-        elif file.stat().st_size != entry["bytes"]:
-            found.append(f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}")
-        elif _crc32(file) != entry["crc32"]:
-            found.append(f"{name} has another checksum than when it was written")
-    return found
+            return f"{name} is missing"
+        if file.stat().st_size != entry["bytes"]:
+            return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+        if _crc32(file) != entry["crc32"]:
+            return f"{name} has another checksum than when it was written"
+    except (OSError, KeyError, TypeError) as error:
+        return f"{name} cannot be checked ({error!r})"
+    return ""
 
 
 def latest_valid(folder: Path | str, group: dist.ProcessGroup | None = None) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pixelgen_fast.config import Sampling
 from pixelgen_fast.diffusion.solver import sample, to_uint8
 from pixelgen_fast.dino.kept import with_kept_dino
 from pixelgen_fast.models import build_model, model_schema
+from pixelgen_fast.models.system import System
 from pixelgen_fast.runs.checkpoint import CheckpointError, ema_key, find, read_state, read_weights
 from pixelgen_fast.runs.export import GeneratorError, read_exported
 from pixelgen_fast.runs.folder import ABOUT, CHECKPOINTS, MODEL_PREFIX
@@ -33,7 +35,11 @@ class Generator:
     nimg: int
 
     def draw(self, labels: Tensor, *, first: int = 0, progress: bool = False, **changes: Any) -> Tensor:
-        """Images of the given classes, uint8 [N, S, S, 3].
+        """Images of the given classes, uint8 [N, S, S, 3]; see `batches`."""
+        return torch.cat(list(self.batches(labels, first=first, progress=progress, **changes)))
+
+    def batches(self, labels: Tensor, *, first: int = 0, progress: bool = False, **changes: Any) -> Iterator[Tensor]:
+        """Images of the given classes as they are drawn, uint8 [up to batch, S, S, 3] on the CPU.
 
         labels: int64 [N]. first: number of the first sample; sample n depends on (sample.seed, n) and its label alone.
         changes: what of `Sampling` differs from the configuration's.
@@ -46,7 +52,6 @@ class Generator:
         s, o, size = self.config.sample, self.config.objective, self.config.data.image_size
         settings = {f.name: getattr(s, f.name) for f in fields(Sampling)} | changes
         like = next(self.model.parameters())
-        drawn = []
         with tqdm(total=len(labels), desc="draw", unit="img", disable=not progress) as bar:
             # batch by batch, so that no more than one batch is ever held as floats
             for numbers in torch.arange(len(labels)).split(settings["batch"]):
@@ -62,10 +67,9 @@ class Generator:
                     device=like.device,
                     **settings,
                 )
-                drawn.append(to_uint8(images).cpu())
                 errors.begin()
                 bar.update(len(numbers))
-        return torch.cat(drawn)
+                yield to_uint8(images).cpu()
 
 
 def load(path: str | Path, weights: str | None = None, device: torch.device | str = "cpu") -> Generator:
@@ -94,11 +98,35 @@ def load(path: str | Path, weights: str | None = None, device: torch.device | st
         state = strip_prefix(read_weights(folder, weights))
     else:
         raise GeneratorError(f"{path}: no such folder; give a run folder or one written by pixelgen export")
+    _check_classes(about["classes"], path)
     config = with_kept_dino(cfg.from_dict(about["config"], model_schema), home)
     model = build_model(config, len(about["classes"]))
     load_weights(model, state, str(path))
     dtype = next(iter(state.values())).dtype
     return Generator(model.to(device, dtype).eval(), config, about["classes"], about["weights"], about["nimg"])
+
+
+def load_for_other_classes(model: System, state: dict[str, Tensor], origin: str) -> str:
+    """Copy weights into a model that may have other classes. Returns what to say of it; nothing where they are as many.
+
+    The table of other classes begins as the model's own, but for the row of no class, which guidance needs.
+    Raises GeneratorError for what does not fit.
+    """
+    there, own = state.get(model.class_table), model.state_dict()[model.class_table]
+    said = ""
+    if there is not None and there.shape[1:] == own.shape[1:] and len(there) != len(own):
+        table = torch.cat([own[:-1], there[-1:].to(own)])
+        state = {**state, model.class_table: table}
+        said = f"{origin} knows {len(there) - 1:,} classes and this run {len(own) - 1:,}: their table begins anew"
+    load_weights(model, state, origin)
+    return said
+
+
+def _check_classes(classes: list[str], origin: Path) -> None:
+    """A class is the name of a folder of drawn images: one that leads elsewhere is refused."""
+    for name in classes:
+        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+            raise GeneratorError(f"{origin}: class {name!r} cannot name a folder; a class has a name without /")
 
 
 def strip_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@
       metrics.jsonl        a row an interval, its clock `nimg`   tensorboard/      the same
       samples/             a grid of images now and then         checkpoints/      see checkpoint.py
       final.png, loss.png  at the end                            dino/             see dino/kept.py
+      owner.json           locked by the run that writes here, see owner.py
       evaluation.json      of `pixelgen evaluate`                generated/        of `pixelgen sample`
 
 <export>/model.safetensors, config.json, dino/

@@ -88,6 +88,14 @@ def test_empty_class_folders_and_split_folders_are_warned_about(tree, caplog):
     assert "did you mean" in caplog.text
 
 
+def test_a_root_one_level_too_high_is_noticed(tree, caplog):
+    with caplog.at_level(logging.WARNING):
+        open_index(tree)
+        assert not caplog.text
+        index = open_index(tree.parent)
+    assert index.classes == [tree.name] and f"did you mean {tree}?" in caplog.text
+
+
 @pytest.mark.parametrize(
     "files, error, message",
     [

@@ -1,3 +1,4 @@
+import io
 import json
 import shutil
 from collections import namedtuple
@@ -42,6 +43,33 @@ def test_scan_reports_what_is_there(mixed, tmp_path):
     stored = json.loads((tmp_path / "report.json").read_text())
     assert stored["unreadable"] == report.unreadable and stored["classes"] == report.classes
     assert any("3.jpg: truncated" in line for line in report.lines())
+
+
+def test_what_lies_behind_the_end_of_a_jpeg_is_none_of_it(tmp_path, make_photo):
+    """A phone's clip, and a second image that was cut off; with a thumbnail inside, a cut image is still found."""
+
+    def jpeg(seed, **options):
+        file = io.BytesIO()
+        Image.fromarray(make_photo(90, 120, seed)).save(file, "JPEG", quality=95, **options)
+        return file.getvalue()
+
+    thumbnail = b"Exif\0\0" + jpeg(4)
+    (tmp_path / "clip.jpg").write_bytes(jpeg(1) + b"ftypmp42" + bytes(5000) + b"\xff\xda" + bytes(40))
+    (tmp_path / "second.jpg").write_bytes(jpeg(2) + jpeg(3)[:-300])
+    (tmp_path / "progressive.jpg").write_bytes(jpeg(2, progressive=True) + b"\xff\xda")
+    (tmp_path / "cut.jpg").write_bytes(jpeg(5, exif=thumbnail)[:-300])
+    assert list(scan(tmp_path).unreadable) == [str(tmp_path / "cut.jpg")]
+
+
+@pytest.mark.parametrize(
+    "block", [b"Exif\0\0", b"Exif\0\0" + b"\xff\xe1NOTATIFF" * 4, b"Exif\0\0II*\0\xff\xff\xff\xff"]
+)
+def test_an_exif_block_that_cannot_be_read_turns_nothing(tmp_path, make_photo, block):
+    (tmp_path / "in").mkdir()
+    Image.fromarray(make_photo(90, 120)).save(tmp_path / "in" / "1.jpg", exif=block)
+    report = scan(tmp_path / "in")
+    assert report.turned == 0 and not report.unreadable
+    assert pack(tmp_path / "in", tmp_path / "out", 32, upright=True).images == 1
 
 
 @pytest.mark.parametrize("crop", ["adm", "squash"])

@@ -22,12 +22,24 @@ def start(task: str) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_an_interrupt_finishes_the_step_and_the_exit_code_asks_for_requeue():
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
+def test_an_interrupt_finishes_the_step_and_the_exit_code_asks_for_requeue(number):
     process = start("obey")
     assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert (out, process.returncode) == ("saved after SIGINT\n", REQUEUE), err
+    assert (out, process.returncode) == (f"saved after {number.name}\n", REQUEUE), err
+
+
+def test_a_signal_that_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_termination_does_too_and_children_are_not_confused():

@@ -25,6 +25,7 @@ from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.engine.signals import REQUEUE
 from pixelgen_fast.runs import draw
 from pixelgen_fast.runs.checkpoint import checkpoints, read_state, read_weights
+from pixelgen_fast.runs.owner import OWNER, Owner
 
 # An odd hidden size of the feed-forward layer (hidden 36: int(8/3 * 36) = 96) and 13 classes' worth of uneven shards.
 OWN = ("model.patch_depth=1", "data.flip=true", "optimizer.warmup_images=32", "optimizer.ema=[0.5,0.9]")
@@ -148,6 +149,37 @@ def test_resume_refuses_what_does_not_fit(whole_run: Path, tmp_path: Path, capsy
     assert "holds no valid checkpoint" in capsys.readouterr().err
     assert main(command(whole_run, 800, "model.patch_depth=2")) == 2
     assert "model.patch_depth (1 -> 2)" in capsys.readouterr().err
+    assert main(command(whole_run, 800, "optimizer.ema=[0.5,0.9,0.99]")) == 2
+    assert "optimizer.ema ([0.5, 0.9] -> [0.5, 0.9, 0.99])" in capsys.readouterr().err
+
+
+def test_damaged_checkpoints_are_no_new_beginning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert main(command(tmp_path / "run", 48)) == 0
+    for path in checkpoints(tmp_path / "run" / "checkpoints"):
+        (path / "manifest.json").write_text("{}")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert main(command(tmp_path / "run", 64)) == 2
+    assert "checkpoints in" in capsys.readouterr().err
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "samples", "tensorboard"])
+def test_a_file_where_the_run_keeps_a_folder_is_refused(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    (tmp_path / name).write_text("mine")
+    assert main(command(tmp_path, 48)) == 2
+    assert f"{name} is a file" in capsys.readouterr().err
+    assert {p.name for p in tmp_path.iterdir()} == {name, OWNER}
+
+
+def test_a_folder_that_a_run_is_writing_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    owner = Owner(tmp_path / "run")
+    owner.take()
+    assert main(command(tmp_path / "run", 48)) == 2
+    assert f"is in use by process {os.getpid()}" in capsys.readouterr().err
+    owner.close()
+    assert main(command(tmp_path / "run", 48)) == 0
 
 
 def test_exported_weights_draw_the_same_images(whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -212,8 +244,10 @@ def test_steps_that_are_not_finite_are_skipped_and_named(
     assert main(command(tmp_path / "run", 112)) == 0
     said = capfd.readouterr().out
     assert "images 48 to 64 skipped" in said and "(2 in a row)" in said and "images 80" not in said
-    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line, parse_constant=pytest.fail) for line in lines]  # JSON knows no NaN and no Infinity
     assert [row["skipped_steps"] for row in rows] == [0, 0, 0, 1, 2, 2, 2]
+    assert [row["grad_norm"] is None for row in rows] == [False] * 3 + [True] * 2 + [False] * 2
     assert read_state(newest(tmp_path / "run"))["optimizer"]["step"] == 5
 
 
@@ -238,10 +272,10 @@ def test_ten_bad_steps_in_a_row_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     Spoiled(48, 10_000).install(monkeypatch)
-    assert main(command(tmp_path / "run", 400, "save.keep=9")) == 3
+    assert main(command(tmp_path / "run", 400, "save.keep=9")) == 2
     error = capsys.readouterr().err
     assert "10 steps in a row" in error and "image 208" in error
-    assert "last good checkpoint is" in error
+    assert "last good checkpoint is" in error and "what was saved stays" in error
 
 
 def test_own_images_of_every_kind(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
@@ -265,6 +299,11 @@ def test_own_images_of_every_kind(tmp_path: Path, capfd: pytest.CaptureFixture) 
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["replaced_images"] == 1
     assert json.loads((tmp_path / "run" / "classes.json").read_text()) == ["cats", "dogs"]
+    shutil.copy(root / "dogs" / "a.jpg", root / "dogs" / "g.jpg")
+    assert main(["train", config, f"data.root={root}", f"run.dir={tmp_path / 'run'}", *small, "train.images=48"]) == 0
+    said = capfd.readouterr().out
+    assert "the data have changed: 7 images -> 8;" in said
+    assert [line.split()[0] for line in said.splitlines() if "has changed:" in line] == ["train.images"]
 
     assert main(["train", config, f"data.root={tmp_path / 'none'}", f"run.dir={tmp_path / 'run2'}", *small]) == 2
     assert "does not exist" in capfd.readouterr().err

@@ -13,6 +13,7 @@ from pixelgen_fast import models
 from pixelgen_fast.diffusion.loss import flow_loss
 from pixelgen_fast.diffusion.path import Noising
 from pixelgen_fast.models.system import Settings, System
+from pixelgen_fast.runs.draw import load_for_other_classes
 
 DINO = "vit_small_patch16_dinov3_qkvb"
 
@@ -62,6 +63,19 @@ def test_a_null_class_is_a_class_of_its_own(model: System) -> None:
     with torch.no_grad():
         first, none = (model.eval()(z, t, torch.full((2,), y)) for y in (0, 3))
     assert not torch.equal(first, none)
+
+
+def test_other_classes_begin_anew_and_the_rest_of_the_weights_does_not(model: System) -> None:
+    state = {name: torch.full_like(value, 0.25) for name, value in model.state_dict().items()}
+    table = model.state_dict()[model.class_table].clone()
+    assert len(table) == model.num_classes + 1
+    state[model.class_table] = torch.full((len(table) + 3, table.shape[1]), 0.25)
+    said = load_for_other_classes(model, state, "weights")
+    assert f"{model.num_classes + 3} classes" in said and f"this run {model.num_classes}:" in said
+    own = model.state_dict()
+    assert torch.equal(own[model.class_table][:-1], table[:-1])
+    assert all((value == 0.25).all() for name, value in own.items() if name != model.class_table)
+    assert (own[model.class_table][-1] == 0.25).all()
 
 
 def test_every_block_is_a_module_of_the_model_and_every_trained_weight_gets_a_gradient(model: System) -> None:

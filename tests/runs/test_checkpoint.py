@@ -127,9 +127,20 @@ def halve_the_manifest(path: Path) -> None:
     os.truncate(path / "manifest.json", 20)
 
 
+def misspell_the_manifest(path: Path) -> None:
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.replace('"bytes"', '"cytes"', 1))
+
+
+def make_the_manifest_a_list(path: Path) -> None:
+    (path / "manifest.json").write_text("[]")
+
+
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
+        (misspell_the_manifest, "cannot be checked .*bytes"),
+        (make_the_manifest_a_list, "manifest.json cannot be read"),
         (truncate, "rank00000-000.safetensors has .* bytes instead of"),
         (flip_a_bit, "rank00000-000.safetensors has another checksum"),
         (lose_a_file, "rank00000-000.safetensors is missing"),
@@ -150,6 +161,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capl
     # The run comes by here again: the damaged one gives way to a whole one.
     assert checkpoint.latest_valid(tmp_path) == first
     assert save(tmp_path, 2) == second and checkpoint.latest_valid(tmp_path) == second
+
+
+def test_a_file_that_cannot_be_read_does_not_hide_the_checkpoint_before(tmp_path, monkeypatch):
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    real = checkpoint._crc32
+
+    def failing(file: Path) -> int:
+        if second in file.parents:
+            raise OSError(5, "Input/output error", str(file))
+        return real(file)
+
+    monkeypatch.setattr(checkpoint, "_crc32", failing)
+    assert checkpoint.latest_valid(tmp_path) == first
 
 
 def test_a_path_that_holds_nothing_is_an_error(tmp_path):

@@ -1,0 +1,50 @@
+"""Which process of a run this one is, from whatever started it: nothing, a launcher, Kubernetes or srun.
+
+torchrun, deepspeed       RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: taken as they are
+Kubernetes                the same without LOCAL_RANK: one process a machine, LOCAL_RANK is 0
+srun, several tasks       named after SLURM_PROCID, SLURM_STEP_NUM_TASKS, SLURM_LOCALID
+none of them              one process
+"""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+
+from pixelgen_fast.errors import InputError
+
+NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def join(environment: MutableMapping[str, str]) -> None:
+    """Complete the variables that PyTorch and DeepSpeed read. Raises InputError where they do not say enough."""
+    if "RANK" not in environment:
+        if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+            _join_slurm(environment)
+        return
+    if missing := [name for name in NAMES if name not in environment]:
+        raise InputError(
+            f"RANK is {environment['RANK']} in the environment but {', '.join(missing)} not: set them as well, or "
+            "unset RANK for a run of one process"
+        )
+    environment.setdefault("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))
+
+
+def world_size(environment: MutableMapping[str, str]) -> int:
+    """How many processes were started to work together."""
+    if "RANK" in environment:
+        return int(environment.get("WORLD_SIZE", "1"))
+    return int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+
+
+def _join_slurm(environment: MutableMapping[str, str]) -> None:
+    tasks = environment["SLURM_STEP_NUM_TASKS"]
+    if int(environment.get("SLURM_STEP_NUM_NODES", "1")) > 1 and "MASTER_ADDR" not in environment:
+        raise InputError(
+            f"srun started {tasks} tasks on several machines and MASTER_ADDR is not set: before srun, export "
+            'MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)'
+        )
+    environment["RANK"], environment["WORLD_SIZE"] = environment["SLURM_PROCID"], tasks
+    environment["LOCAL_RANK"] = environment.get("SLURM_LOCALID", "0")
+    environment.setdefault("MASTER_ADDR", "127.0.0.1")
+    # another port for each job, since jobs may share a machine
+    environment.setdefault("MASTER_PORT", str(20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000))

@@ -1,0 +1,82 @@
+"""The folder that `pixelgen sample` writes: an image is a file as soon as it is drawn.
+
+<out>/<class>/000000.png ...   number of the sample       grid.png    the first images of the first classes
+      drawn.json               classes and how many of each: by this file an earlier folder of this kind is known
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from pixelgen_fast.errors import InputError
+from pixelgen_fast.eval.grid import save_grid
+
+LIST, GRID = "drawn.json", "grid.png"
+GRID_ROWS, GRID_COLUMNS = 32, 16
+
+
+class DrawnFolder:
+    """check, begin, write every batch, finish."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.classes: list[str] = []
+        self.per_class = 0
+        self.count = 0
+        self.shown: list[np.ndarray] = []
+
+    def check(self, overwrite: bool) -> None:
+        """Raise InputError where the folder holds something, but with `overwrite` images of an earlier command."""
+        self.earlier = _earlier(self.root / LIST)
+        if self.root.is_file():
+            raise InputError(f"{self.root} is a file; --out names a folder")
+        if not self.root.is_dir() or not any(self.root.iterdir()):
+            return
+        if not self.earlier:
+            raise InputError(f"{self.root} holds other files already; choose another folder with --out")
+        if not overwrite:
+            raise InputError(
+                f"{self.root} holds the images of an earlier command; choose another folder with --out, or replace "
+                "them with --overwrite"
+            )
+
+    def begin(self, classes: list[str], per_class: int) -> None:
+        """Remove an earlier command's images and take the folder. classes: in the order in which images come."""
+        for name in self.earlier:
+            shutil.rmtree(self.root / name, ignore_errors=True)
+        (self.root / GRID).unlink(missing_ok=True)
+        self.root.mkdir(parents=True, exist_ok=True)
+        self.classes, self.per_class = classes, per_class
+        (self.root / LIST).write_text(json.dumps({"classes": classes, "per_class": per_class}, indent=1) + "\n")
+
+    def write(self, images: np.ndarray) -> None:
+        """The next images, uint8 [N, H, W, 3]."""
+        for image in images:
+            row, column = divmod(self.count, self.per_class)
+            folder = self.root / self.classes[row]
+            folder.mkdir(exist_ok=True)
+            Image.fromarray(image).save(folder / f"{self.count:06d}.png")
+            if row < GRID_ROWS and column < GRID_COLUMNS:
+                self.shown.append(image)
+            self.count += 1
+
+    def finish(self) -> str:
+        """Write the grid. Returns a line that says what is where."""
+        rows, columns = self.classes[:GRID_ROWS], min(self.per_class, GRID_COLUMNS)
+        grid = save_grid(np.stack(self.shown), self.root / GRID, columns=columns, row_titles=rows)
+        part = "all" if len(self.shown) == self.count else f"{len(self.shown):,}"
+        return f"{self.count:,} images in {self.root}, {part} of them on {grid}"
+
+
+def _earlier(path: Path) -> list[str]:
+    """The classes whose images an earlier command wrote; none where it is no such folder."""
+    try:
+        classes = json.loads(path.read_text())["classes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return [name for name in classes if isinstance(name, str) and "/" not in name and name not in ("", ".", "..")]

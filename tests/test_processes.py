@@ -1,0 +1,55 @@
+"""Which process of a run this one is."""
+
+import pytest
+
+from pixelgen_fast.cli import main
+from pixelgen_fast.errors import InputError
+from pixelgen_fast.processes import join, world_size
+
+TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
+SRUN = {"SLURM_JOB_ID": "40007", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+
+
+def joined(environment: dict[str, str]) -> dict[str, str]:
+    environment = dict(environment)
+    join(environment)
+    return environment
+
+
+def test_a_launcher_is_taken_at_its_word() -> None:
+    assert joined(TORCHRUN) == TORCHRUN and world_size(TORCHRUN) == 4
+    assert joined({}) == {} and world_size({}) == 1
+
+
+def test_kubernetes_does_not_name_the_local_rank() -> None:
+    environment = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_RANK"}
+    assert joined(environment) == TORCHRUN | {"LOCAL_RANK": "0"}
+
+
+def test_tasks_of_srun_are_ranks_of_one_run() -> None:
+    found = joined(SRUN)
+    assert [found[name] for name in TORCHRUN] == ["1", "2", "1", "127.0.0.1", "20007"]
+    assert world_size(SRUN) == 2
+
+
+def test_a_task_of_srun_alone_is_a_run_of_one_process() -> None:
+    assert joined(SRUN | {"SLURM_STEP_NUM_TASKS": "1"}).keys() == SRUN.keys()
+    assert joined({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}).keys() == {"SLURM_NTASKS", "SLURM_PROCID"}  # sbatch's own
+
+
+def test_several_machines_need_a_name_to_meet_at() -> None:
+    with pytest.raises(InputError, match="MASTER_ADDR=.*scontrol"):
+        joined(SRUN | {"SLURM_STEP_NUM_NODES": "2"})
+    assert joined(SRUN | {"SLURM_STEP_NUM_NODES": "2", "MASTER_ADDR": "a"})["MASTER_ADDR"] == "a"
+
+
+def test_a_rank_that_is_left_over_is_refused() -> None:
+    with pytest.raises(InputError, match="RANK is 0 .* WORLD_SIZE, MASTER_ADDR, MASTER_PORT not"):
+        joined({"RANK": "0"})
+
+
+def test_what_works_in_one_process_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert main(["sample", "run"]) == 2
+    assert "4 processes were started" in capsys.readouterr().err
