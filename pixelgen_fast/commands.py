@@ -36,6 +36,8 @@ def dry_run(config: cfg.Config) -> int:
     from pixelgen_fast.engine import plan
     from pixelgen_fast.engine.parallel import wrap_blocks
 
+    if config.run.resume is not None and not Path(config.run.resume).exists():
+        raise cfg.ConfigError(f"run.resume is {config.run.resume}, and there is no such folder")
     with torch.device("meta"):
         model = models.build_model(config, config.data.num_classes or len(open_root(config.data.root).classes))
     wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=False)

@@ -171,8 +171,8 @@ class Sampling:
 class Sample(Sampling):
     # the sample grid on fixed noise: how often (0: never) and how many images for each of how many classes
     grid_every_images: int = at_least(0, default=1_280_000)
-    grid_classes: int = above(0, default=10)
-    grid_per_class: int = above(0, default=8)
+    grid_classes: int = within(1, 1000, default=10)
+    grid_per_class: int = within(1, 1000, default=8)
 
 
 @dataclass
@@ -234,6 +234,7 @@ def to_yaml(config: Config) -> str:
 def validate(config: Config) -> None:
     """Raise ConfigError, naming keys and values, for combinations that cannot work."""
     check_ranges(config)
+    _check_model(config.model)
     _check_optimizer(config)
     _check_step(config)
     check_sampling(config.sample)
@@ -268,6 +269,15 @@ def _check_optimizer(config: Config) -> None:
         raise ConfigError(f"optimizer.drops at {[drop.at_images for drop in p.drops]} images; they must increase")
     if p.warmup_images >= config.train.images:
         raise ConfigError(f"optimizer.warmup_images {p.warmup_images} is not below train.images {config.train.images}")
+
+
+def _check_model(model: Any) -> None:
+    sizes = {"hidden_size": model.hidden_size, "num_heads": model.num_heads, "patch_size": model.patch_size}
+    for key, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"model.{key} is {value}; it must be above 0")
+    if model.hidden_size % model.num_heads:
+        raise ConfigError(f"model.num_heads {model.num_heads} does not divide model.hidden_size {model.hidden_size}")
 
 
 def _check_step(config: Config) -> None:

@@ -74,7 +74,7 @@ def merge(schema: type, layers: list[tuple[str, Any]], model_class: type | None 
         values = layer.values(schema, model_class) if isinstance(layer, Override) else layer
         try:
             merged = OmegaConf.merge(merged, values)
-        except OmegaConfBaseException as error:
+        except (OmegaConfBaseException, TypeError, ValueError) as error:
             raise ConfigError(f"{origin}: {explain(error, schema, model_class)}") from error
     try:
         return _expanded(OmegaConf.to_object(merged))

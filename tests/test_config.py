@@ -59,6 +59,26 @@ def test_what_is_no_value_is_refused_by_name(value: str) -> None:
         load(f"optimizer.clip={value}")
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model.num_heads=0", "model.num_heads is 0; it must be above 0"),
+        ("model.patch_size=0", "model.patch_size is 0; it must be above 0"),
+        ("model.num_heads=256", "model.num_heads 256 does not divide model.hidden_size"),
+        ("sample.interval={}", "sample.interval"),
+        ("sample.grid_per_class=9223372036854775808", "sample.grid_per_class"),
+    ],
+)
+def test_what_no_run_can_be_built_of_is_refused_by_name(text: str, message: str) -> None:
+    with pytest.raises(cfg.ConfigError, match=message):
+        load(text)
+
+
+def test_a_dry_run_looks_for_the_folder_to_resume_from(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", str(CONFIGS / "digits.yaml"), "--dry-run", "run.resume=0"]) == 2
+    assert "run.resume is 0, and there is no such folder" in capsys.readouterr().err
+
+
 def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     config = load("run.dir=~/runs/x", "data.root=~/images")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,9 @@ class Metrics:
             return
         _drop_rows_after(folder.metrics, nimg)
         self.rows = RowFile(folder.metrics, self.say)
-        self.writer = _summary_writer(folder, nimg) if config and config.log.tensorboard else None
+        self.folder, self.writer = folder, None
+        self.tensorboard = bool(config and config.log.tensorboard)
+        self._open_tensorboard(nimg)
         self.wandb = _wandb_run(folder, config) if config and config.log.wandb_project else None
 
     def advance(self, images: int) -> None:
@@ -138,12 +140,26 @@ class Metrics:
         self.rows.append(row)
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
         self.bar.set_postfix_str(f"loss {loss}, {row['images_per_second']:.1f} img/s", refresh=False)
-        if self.writer:
-            for name, value in row.items():
-                if value is not None:
-                    self.writer.add_scalar(name, value, row["nimg"])
+        self._write_tensorboard(row)
         if self.wandb:
             self.wandb.log(row)
+
+    def _open_tensorboard(self, nimg: int) -> None:
+        if self.tensorboard and self.writer is None:
+            self.writer = _summary_writer(self.folder, nimg)
+            self.tensorboard = self.writer is not None
+
+    def _write_tensorboard(self, row: dict[str, float | int | None]) -> None:
+        """A row that TensorBoard's files have no room for is lost there and said, and the next one is tried again."""
+        try:
+            self._open_tensorboard(row["nimg"])
+            if self.writer:
+                for name, value in row.items():
+                    if value is not None:
+                        self.writer.add_scalar(name, value, row["nimg"])
+        except OSError as error:
+            self.writer = None
+            self.say(f"TensorBoard has no row of image {row['nimg']:,}, the run goes on: {error}")
 
     def say(self, text: str) -> None:
         """Print above the progress bar."""
@@ -155,7 +171,8 @@ class Metrics:
         if self.active:
             self.rows.close()
             if self.writer:
-                self.writer.close()
+                with suppress(OSError):  # metrics.jsonl has the same rows
+                    self.writer.close()
             if self.wandb:
                 self.wandb.finish()
 
