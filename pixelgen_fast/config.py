@@ -207,10 +207,11 @@ def from_layers(layers: list[tuple[str, Any]], model_schema: Callable[[str], typ
     """Merge (origin, values) layers, later over earlier, into a checked Config."""
     system = None
     for _, values in layers:
-        if not isinstance(values, Override):
-            system = OmegaConf.select(values, "model.system", default=system)
-        elif values.key == "model.system":
-            system = values.text
+        if isinstance(values, Override):
+            if values.key not in ("model", "model.system"):
+                continue
+            values = values.values(Config)
+        system = OmegaConf.select(values, "model.system", default=system)
     if system is None:
         raise ConfigError(f"{layers[0][0]}: model.system is missing")
     try:
@@ -234,10 +235,13 @@ def to_yaml(config: Config) -> str:
 def validate(config: Config) -> None:
     """Raise ConfigError, naming keys and values, for combinations that cannot work."""
     check_ranges(config)
-    _check_model(config.model)
+    if config.model.hidden_size % config.model.num_heads:
+        raise ConfigError(
+            f"model.num_heads {config.model.num_heads} does not divide model.hidden_size {config.model.hidden_size}"
+        )
     _check_optimizer(config)
     _check_step(config)
-    check_sampling(config.sample)
+    _check_interval(config.sample, "sample.")
     d, a = config.data, config.alignment
     if a.teacher is None and (a.weights or a.cache):
         raise ConfigError(
@@ -250,9 +254,13 @@ def validate(config: Config) -> None:
         )
 
 
-def check_sampling(settings: Sampling, prefix: str = "sample.") -> None:
-    """Raise ConfigError, naming what stands before the name of a setting too, for images that cannot be drawn."""
+def check_sampling(settings: Sampling, prefix: str) -> None:
+    """Raise ConfigError for images that cannot be drawn. prefix: what stands before the name of a setting."""
     check_ranges(settings, prefix)
+    _check_interval(settings, prefix)
+
+
+def _check_interval(settings: Sampling, prefix: str) -> None:
     if settings.interval is not None and not settings.interval[0] < settings.interval[1]:
         raise ConfigError(f"{prefix}interval is {settings.interval}; the first must be below the second")
 
@@ -269,15 +277,6 @@ def _check_optimizer(config: Config) -> None:
         raise ConfigError(f"optimizer.drops at {[drop.at_images for drop in p.drops]} images; they must increase")
     if p.warmup_images >= config.train.images:
         raise ConfigError(f"optimizer.warmup_images {p.warmup_images} is not below train.images {config.train.images}")
-
-
-def _check_model(model: Any) -> None:
-    sizes = {"hidden_size": model.hidden_size, "num_heads": model.num_heads, "patch_size": model.patch_size}
-    for key, value in sizes.items():
-        if value < 1:
-            raise ConfigError(f"model.{key} is {value}; it must be above 0")
-    if model.hidden_size % model.num_heads:
-        raise ConfigError(f"model.num_heads {model.num_heads} does not divide model.hidden_size {model.hidden_size}")
 
 
 def _check_step(config: Config) -> None:

@@ -18,7 +18,7 @@ NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 def join(environment: MutableMapping[str, str]) -> None:
     """Complete the variables that PyTorch and DeepSpeed read. Raises InputError where they do not say enough."""
     if "RANK" not in environment:
-        if int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        if world_size(environment) > 1:
             _join_slurm(environment)
         return
     if missing := [name for name in NAMES if name not in environment]:

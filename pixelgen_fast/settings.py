@@ -67,14 +67,15 @@ def within(low: float, high: float, *, default: Any, open_low: bool = False, ope
 def check_ranges(settings: Any, prefix: str = "") -> None:
     """Raise ConfigError, naming key, value and range, for the first setting of a tree that is not in its range.
 
-    A setting of several numbers has all of them in its range. A number that is not finite is in none.
+    A setting of several numbers has all of them in its range. A number that is not finite is in none. A section that
+    gives an inherited setting another default keeps its range.
     """
     for entry in fields(settings):
         value, key = getattr(settings, entry.name), f"{prefix}{entry.name}"
         if is_dataclass(value):
             check_ranges(value, f"{key}.")
             continue
-        wanted = entry.metadata.get("range")
+        wanted = _range(type(settings), entry.name)
         value = list(value) if isinstance(value, tuple) else value
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
@@ -82,3 +83,9 @@ def check_ranges(settings: Any, prefix: str = "") -> None:
             if wanted is not None and number is not None and not wanted.holds(number):
                 off = ", or null for none" if entry.default is None or "None" in str(entry.type) else ""
                 raise ConfigError(f"{key} is {value}; {wanted.rule()}{off}")
+
+
+def _range(section: type, name: str) -> Range | None:
+    """The range of a setting, from the nearest class that gives it one."""
+    declared = (vars(kind).get("__dataclass_fields__", {}).get(name) for kind in section.__mro__)
+    return next((entry.metadata["range"] for entry in declared if entry and "range" in entry.metadata), None)

@@ -79,6 +79,12 @@ def test_a_dry_run_looks_for_the_folder_to_resume_from(capsys: pytest.CaptureFix
     assert "run.resume is 0, and there is no such folder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["model.system=jit", "model.system='jit'", "model={system: jit}"])
+def test_a_system_is_chosen_as_every_value_is_given(text: str) -> None:
+    with pytest.raises(cfg.ConfigError, match="patch_depth: unknown key"):  # of the file's PixelDiT
+        load(text)
+
+
 def test_a_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/someone")
     config = load("run.dir=~/runs/x", "data.root=~/images")

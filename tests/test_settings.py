@@ -50,3 +50,13 @@ def test_values_out_of_it_are_named(values: dict, message: str) -> None:
 
 def test_every_default_of_a_run_holds() -> None:
     check_ranges(cfg.Config(model=None))
+
+
+def test_an_inherited_setting_keeps_its_range_under_another_default() -> None:
+    @dataclass
+    class Own(Inner):
+        share: float = 0.25
+
+    check_ranges(Own())
+    with pytest.raises(ConfigError, match=r"share is 2.0; it lies in \[0, 1\)"):
+        check_ranges(Own(share=2.0))

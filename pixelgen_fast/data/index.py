@@ -20,6 +20,7 @@ import os
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,15 @@ class ImageIndex(ABC):
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A checksum of the images' names below the root, their order and classes; their contents are not read."""
+        digest = hashlib.sha256(json.dumps([len(self), self.size, self.classes]).encode())
+        digest.update(self.labels.tobytes())
+        for i in range(len(self)):
+            digest.update(self.path(i).removeprefix(str(self.root)).encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
 
     def label(self, i: int) -> int:
         """The label of image i, 0 <= i < N."""
@@ -83,15 +93,6 @@ def open_index(root: str | Path) -> ImageIndex:
         raise InputError(f"packed folder {root} lacks {missing}: pack it again")
     shards = sorted(p for p in root.iterdir() if _is_tar(p) and not p.name.startswith("."))
     return TarIndex(root, shards) if shards else FolderIndex(root)
-
-
-def data_fingerprint(index: ImageIndex) -> str:
-    """A checksum of the images' names below the root, their order and their classes; their contents are not read."""
-    digest = hashlib.sha256(json.dumps([len(index), index.size, index.classes]).encode())
-    digest.update(index.labels.tobytes())
-    for i in range(len(index)):
-        digest.update(index.path(i).removeprefix(str(index.root)).encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
 
 
 class FolderIndex(ImageIndex):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pixelgen_fast.config import ConfigError
 from pixelgen_fast.data.cache import locked, published_folder
-from pixelgen_fast.data.index import ImageIndex, data_fingerprint
+from pixelgen_fast.data.index import ImageIndex
 from pixelgen_fast.data.order import position
 
 
@@ -53,7 +53,7 @@ class FeatureCache:
         shape = (self.count, teacher.grid**2, teacher.width)
         wanted = {
             "teacher": teacher.fingerprint(),
-            "data": data_fingerprint(index),
+            "data": index.fingerprint,
             "image_size": size,
             "crop": crop,
             "features": list(shape),

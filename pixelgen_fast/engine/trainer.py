@@ -7,7 +7,7 @@ ranks and at any ZeRO stage, goes on as if it had never stopped.
 from __future__ import annotations
 
 import shutil
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ import torch
 from pixelgen_fast import config as cfg
 from pixelgen_fast import errors
 from pixelgen_fast.data.dali import Loader
-from pixelgen_fast.data.index import data_fingerprint
 from pixelgen_fast.dino.kept import keep_dino
 from pixelgen_fast.engine.assemble import assemble
 from pixelgen_fast.engine.graph import capture
@@ -53,21 +52,18 @@ class Trainer:
         self.config, self.parts = config, assemble(config)
         self.engine, self.folder, self.rank = self.parts.engine, self.parts.folder, self.parts.rank
         self.nimg, self.saved, self.seconds = 0, -1, 0.0
-        # kept in checkpoints and compared on resuming
-        self.data = {"images": len(self.parts.index), "fingerprint": data_fingerprint(self.parts.index)}
         self.owner = Owner(self.folder.root)
-        try:
+        with ExitStack() as on_failure:
+            on_failure.callback(self.owner.close)
             self._claim()
-        except BaseException:
-            self.owner.close()
-            raise
-        if config.train.cuda_graph:
-            capture(self.parts.objective, config.train.micro_batch, config.data.image_size, self.parts.device)
-        if self.rank == 0:
-            keep_dino(self.folder.root, self.parts.built)
-        self.report = Report(self.parts, self.nimg)
-        self.order = self.parts.order(self.nimg)
-        self.loader = Loader(self.parts.index, self.order, config.data, self.parts.device)
+            if config.train.cuda_graph:
+                capture(self.parts.objective, config.train.micro_batch, config.data.image_size, self.parts.device)
+            if self.rank == 0:
+                keep_dino(self.folder.root, self.parts.built)
+            self.report = Report(self.parts, self.nimg)
+            self.order = self.parts.order(self.nimg)
+            self.loader = Loader(self.parts.index, self.order, config.data, self.parts.device)
+            on_failure.pop_all()
         self.micro_batches = 0
         self.watch = SkipWatch(self.parts.device)
         self.signals = StopRequest()
@@ -143,7 +139,7 @@ class Trainer:
         state = {
             "config": cfg.to_dict(self.config),
             "classes": self.parts.classes,
-            "data": self.data,
+            "data": self._data(),
             "seconds": self.seconds,
         }
         try:
@@ -156,6 +152,10 @@ class Trainer:
             self.report.say(f"no checkpoint at image {self.nimg:,}, the run goes on and tries again later: {error}")
             return
         self.saved = self.nimg
+
+    def _data(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the data, to be compared on resuming."""
+        return {"images": len(self.parts.index), "fingerprint": self.parts.index.fingerprint}
 
     def _resume(self) -> None:
         """Restore the newest valid checkpoint of run.resume or run.dir and say what came back."""
@@ -192,7 +192,7 @@ class Trainer:
             )
             for key, change in changed.items():
                 print(f"  {key} has changed: {change}")
-            if text := data_change(state.get("data"), self.data):
+            if text := data_change(state.get("data"), self._data()):
                 print(f"  {text}")
 
     def _check_folder(self) -> None:

@@ -15,14 +15,15 @@ from pixelgen_fast.models.system import Settings, System
 
 def systems() -> list[str]:
     """Names of the available systems, for `model.system`."""
-    return [name for name in sorted(_modules()) if hasattr(_modules()[name], "build")]
+    return sorted(_systems())
 
 
 def system_module(name: str) -> ModuleType:
     """The module of a system. Raises InputError with the valid names for an unknown one."""
-    if name not in systems():
-        raise InputError(f"model.system: unknown system {name!r}; valid: {', '.join(systems())}")
-    return _modules()[name]
+    known = _systems()
+    if name not in known:
+        raise InputError(f"model.system: unknown system {name!r}; valid: {', '.join(sorted(known))}")
+    return known[name]
 
 
 def model_schema(name: str) -> type[Settings]:
@@ -37,5 +38,6 @@ def build_model(config: cfg.Config, num_classes: int) -> System:
         return system_module(config.model.system).build(config.model, config.data.image_size, num_classes)
 
 
-def _modules() -> dict[str, ModuleType]:
-    return {name: importlib.import_module(f"{__name__}.{name}") for _, name, _ in pkgutil.iter_modules(__path__)}
+def _systems() -> dict[str, ModuleType]:
+    modules = {name: importlib.import_module(f"{__name__}.{name}") for _, name, _ in pkgutil.iter_modules(__path__)}
+    return {name: module for name, module in modules.items() if hasattr(module, "build")}

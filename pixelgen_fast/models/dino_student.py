@@ -1,6 +1,6 @@
 """PixelDiT with a DINO that reads the noised image in place of its patch embedding, or of its whole patch transformer.
 
-    f      = DINO_student(z, t)                                                L tokens of width D' (models/dino.py)
+    f      = DINO_student(z, t)                                                L tokens of width D' (dino/noisy.py)
     input:   s = patch blocks (W f, SiLU(embed(t) + embed(y))),   condition = SiLU(embed(t) + s)
     trunk:                                                        condition = SiLU(embed(t) + embed(y) + W f)
     output = pixel head (pixels of z, condition)                               as in PixelDiT (models/pixeldit.py)

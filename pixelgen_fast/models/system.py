@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pixelgen_fast.diffusion.path import Noising
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.layers import Float32Tables
+from pixelgen_fast.settings import above
 
 
 @dataclass
@@ -28,9 +29,9 @@ class Settings:
     builds_on_dino: ClassVar[bool] = False
 
     system: str = ""
-    hidden_size: int = 0
-    num_heads: int = 1
-    patch_size: int = 16
+    hidden_size: int = above(0, default=0)
+    num_heads: int = above(0, default=1)
+    patch_size: int = above(0, default=16)
 
 
 class System(Float32Tables, ABC):

@@ -20,7 +20,7 @@ from pixelgen_fast.models import build_model, model_schema
 from pixelgen_fast.models.system import System
 from pixelgen_fast.runs.checkpoint import CheckpointError, ema_key, find, read_state, read_weights
 from pixelgen_fast.runs.export import GeneratorError, read_exported
-from pixelgen_fast.runs.folder import ABOUT, CHECKPOINTS, MODEL_PREFIX
+from pixelgen_fast.runs.folder import ABOUT, CHECKPOINTS, MODEL_PREFIX, names_a_folder
 from pixelgen_fast.weights import misfits
 
 
@@ -125,7 +125,7 @@ def load_for_other_classes(model: System, state: dict[str, Tensor], origin: str)
 def _check_classes(classes: list[str], origin: Path) -> None:
     """A class is the name of a folder of drawn images: one that leads elsewhere is refused."""
     for name in classes:
-        if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        if not names_a_folder(name):
             raise GeneratorError(f"{origin}: class {name!r} cannot name a folder; a class has a name without /")
 
 

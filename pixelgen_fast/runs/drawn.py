@@ -15,6 +15,7 @@ from PIL import Image
 
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.eval.grid import save_grid
+from pixelgen_fast.runs.folder import names_a_folder
 
 LIST, GRID = "drawn.json", "grid.png"
 GRID_ROWS, GRID_COLUMNS = 32, 16
@@ -24,7 +25,7 @@ class DrawnFolder:
     """check, begin, write every batch, finish."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root, self.earlier = root, _earlier(root / LIST)
         self.classes: list[str] = []
         self.per_class = 0
         self.count = 0
@@ -32,7 +33,6 @@ class DrawnFolder:
 
     def check(self, overwrite: bool) -> None:
         """Raise InputError where the folder holds something, but with `overwrite` images of an earlier command."""
-        self.earlier = _earlier(self.root / LIST)
         if self.root.is_file():
             raise InputError(f"{self.root} is a file; --out names a folder")
         if not self.root.is_dir() or not any(self.root.iterdir()):
@@ -79,4 +79,4 @@ def _earlier(path: Path) -> list[str]:
         classes = json.loads(path.read_text())["classes"]
     except (OSError, ValueError, KeyError, TypeError):
         return []
-    return [name for name in classes if isinstance(name, str) and "/" not in name and name not in ("", ".", "..")]
+    return [name for name in classes if names_a_folder(name)]

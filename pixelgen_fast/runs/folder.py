@@ -23,6 +23,11 @@ WEIGHTS, ABOUT = "model.safetensors", "config.json"  # of an export
 METRICS, EVALUATION, FINAL = "metrics.jsonl", "evaluation.json", "final.png"
 
 
+def names_a_folder(name: object) -> bool:
+    """Whether a class name from a file of somebody else is a folder's own name, and leads nowhere else."""
+    return isinstance(name, str) and name not in ("", ".", "..") and "/" not in name and "\0" not in name
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Paths in the folder of a run."""
