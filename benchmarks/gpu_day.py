@@ -2,12 +2,12 @@
 
     python benchmarks/gpu_day.py [--parts ceilings,tests,...] [--limit 540] [--out DIR] [--rehearse] [--prepare]
 
-Parts, the most important first: ceilings, tests, step (ours, reference, compiled; do they agree?), variants
-(recomputation, micro-batches, CUDA graph), operators, profile, counters, tuning, sampling, loader, predicted (against
-measured). Each measurement is a process of its own with a time limit (gpu/). Rows go to DIR/day.jsonl as they are
-made, output to DIR/day.log; last come DIR/day.md, ceilings.json for `pixelgen kernels report --ceilings`, and
-tuned/<gpu>.json for kernels/pixelgen_kernels/tuned. The same --out again measures only what is not there or did not end
-well. The exit code is 1 when something is red or missing.
+Parts, the most important first: ceilings, tests, step (ours, reference, compiled; do they agree?), profile, product
+(the main job, and its resuming bit for bit), variants (recomputation, micro-batches, CUDA graph), operators, counters,
+tuning, sampling, loader, predicted (against measured). Each measurement is a process of its own with a time limit
+(gpu/). Rows go to DIR/day.jsonl as they are made, output to DIR/day.log; last come DIR/day.md, ceilings.json for
+`pixelgen kernels report --ceilings`, and tuned/<gpu>.json for kernels/pixelgen_kernels/tuned. The same --out again
+measures only what is not there or did not end well. The exit code is 1 when something is red or missing.
 
 --rehearse goes the same way on a CPU at tiny sizes, kernels in Triton's interpreter. --prepare, where there is a
 network, collects in .gpu/ what a machine without one may lack; a visit finds it there. So on a machine with a GPU and

@@ -97,22 +97,23 @@ def _visit() -> list[Part]:
     drawing = {"images": 64, "steps": 10, "guidance": 3.25, "bodies": ["triton", "reference"], "rounds": 2}
     return [
         Part("ceilings", 25, (Task("products", "gpu.ceilings", ceilings),)),
-        Part("tests", 85, tuple(tests)),
-        Part("step", 150, tuple(steps)),
-        Part("variants", 50, tuple(variants)),
-        Part(
-            "operators", 70,
-            tuple(
-                Task(name, "gpu.operators_compared", {"operator": name, "model": "XL", "arguments": operators}, 75)
-                for name in OPERATORS
-            ),
-        ),
+        Part("tests", 80, tuple(tests)),
+        Part("step", 135, tuple(steps)),
         Part(
             "profile", 30,
             (
                 step(XL, 64, "ours", module="gpu.profiled"),
                 step(B, 64, "ours", module="gpu.profiled"),
                 step(XL, 32, "reference", module="gpu.profiled"),
+            ),
+        ),
+        Part("product", 45, (Task("digits", "gpu.main_job", {"config": "digits", "images": 64}, 120),)),
+        Part("variants", 45, tuple(variants)),
+        Part(
+            "operators", 60,
+            tuple(
+                Task(name, "gpu.operators_compared", {"operator": name, "model": "XL", "arguments": operators}, 75)
+                for name in OPERATORS
             ),
         ),
         Part("counters", 25, (Task("XL", "gpu.counters", {"model": "XL", "images": 64}, 90),)),
@@ -127,7 +128,7 @@ def _visit() -> list[Part]:
         Part("sampling", 15, (Task("XL", "gpu.draw", {"config": XL} | drawing),)),
         Part("loader", 10, (Task("jpeg", "gpu.load", {"arguments": loader}),)),
         Part(
-            "predicted", 30,
+            "predicted", 20,
             tuple(Task(name, "gpu.predicted", {"model": name, "images": 64, "rounds": 5}) for name in NAMED),
             ahead=2,
         ),
@@ -146,6 +147,8 @@ def _rehearsal() -> list[Part]:
     swiglu = {"select": ["tests/kernels/test_swiglu.py", "-k", "not native"], "workers": 0, "expected": 10}
     operators = ["--batch=1", "--rounds=1", "--device=cpu", "--time-variants"]
     ragged = {"operator": "norm_modulate", "models": ["odd", "long"], "images": 2, "rounds": 1}
+    short = ["train.images=512", "save.every_images=256", "log.every_images=128", "optimizer.warmup_images=0"]
+    product = {"config": "digits", "images": 64, "overrides": short, "evaluate": False}
     drawing = {"images": 2, "steps": 2, "guidance": 1.5, "bodies": ["triton", "reference"], "rounds": 1}
     loader = ["--images=8", "--batch=4", "--batches=2", "--repeats=1", "--size=32", "--threads=1"]
     predicted = {"model": "B", "images": 1, "rounds": 1, "operators": ["swiglu"]}
@@ -153,6 +156,8 @@ def _rehearsal() -> list[Part]:
         Part("ceilings", 40, (task("products", "gpu.ceilings", ceilings),)),
         Part("tests", 60, (task("kernels", "gpu.kernel_tests", swiglu, INTERPRETER),)),
         Part("step", 150, tuple(tiny(side, steps=2) for side in ("ours", "reference", "compiled"))),
+        Part("profile", 40, (tiny("ours", module="gpu.profiled", timed=1),)),
+        Part("product", 40, (task("digits", "gpu.main_job", product),)),
         Part("variants", 40, (tiny("ours", OPERATORS_AGAIN, steps=2),)),
         Part(
             "operators", 60,
@@ -161,7 +166,6 @@ def _rehearsal() -> list[Part]:
                 for name in ("swiglu", "norm_modulate", "attention")
             ),
         ),
-        Part("profile", 40, (tiny("ours", module="gpu.profiled", timed=1),)),
         Part("counters", 10, (task("B", "gpu.counters", {"model": "B", "images": 1}),)),
         Part("tuning", 40, (task("norm_modulate", "gpu.tune", ragged, INTERPRETER),)),
         Part("sampling", 20, (task("B", "gpu.draw", {"config": B, "overrides": TINY} | drawing, INTERPRETER),)),

@@ -232,6 +232,25 @@ def _profile(results: Results) -> list[str]:
     return lines
 
 
+def _product(results: Results) -> list[str]:
+    lines = []
+    for r in rows_of(results, "product"):
+        if "seconds" in r:
+            rates = (f"{r[name]:,.0f}" for name in ("images_per_s", "p20", "p80"))
+            lines.append(
+                f"- {r['config']}: {r['images']:,} images in {r['seconds']:.0f} s, everything included; "
+                "{} images/s ({} to {}), last loss {:.4f}".format(*rates, r["last_loss"])
+            )
+        elif "evaluation" in r:
+            lines.append(f"- {r['config']}, evaluated: {json.dumps(r['evaluation'])}")
+        elif "apart" in r:
+            lines.append(
+                f"- {r['config']}, resumed from image {r['resumed_from']:,}: {r['apart']} of {r['tensors']} tensors of "
+                "the last checkpoint differ from those of the run without a stop"
+            )
+    return lines
+
+
 def _counters(results: Results) -> list[str]:
     found = rows_of(results, "counters")
     names = sorted({name for row in found for name in row} - {"model", "kernel", "absent", "red"})
@@ -292,6 +311,7 @@ SECTIONS: dict[str, Callable[[Results], list[str]]] = {
     "Training step": _steps,
     "Operators": _operators,
     "Profile by kernel": _profile,
+    "Main job": _product,
     "Counters": _counters,
     "Tuning": _tuning,
     "Sampling": _sampling,
