@@ -49,9 +49,17 @@ def device() -> str:
     return "cuda" if GPU else "cpu"
 
 
+def _force(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU kernels are what CUDA tensors get by themselves, and nothing interprets them for CPU tensors."""
+    if GPU and name == "triton":
+        monkeypatch.delenv("PIXELGEN_OPS", raising=False)
+    else:
+        monkeypatch.setenv("PIXELGEN_OPS", name)
+
+
 @pytest.fixture(autouse=True)
 def triton_bodies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PIXELGEN_OPS", "triton")
+    _force("triton", monkeypatch)
 
 
 BODIES = ["reference", "triton"] if GPU else ["reference", "native", "triton"]
@@ -62,7 +70,7 @@ def _choose(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
         assert has_native(), native_problem()
     # a graph that was traced before holds another body
     torch.compiler.reset()
-    monkeypatch.setenv("PIXELGEN_OPS", name)
+    _force(name, monkeypatch)
     return name
 
 

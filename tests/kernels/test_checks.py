@@ -32,7 +32,9 @@ def test_what_kernels_take_is_accepted(monkeypatch):
         (torch.zeros(3, 2).t(), (2, 3), r"op: x must be contiguous, got \[2, 3\] with strides \(1, 2\); call"),
     ],
 )
-def test_what_does_not_fit_is_named(tensor, shape, message):
+def test_what_does_not_fit_is_named(tensor, shape, message, monkeypatch):
+    monkeypatch.setattr(bodies, "has_native", lambda: True)
+    monkeypatch.setenv(bodies.VARIABLE, "native")  # any but the reference
     with pytest.raises(ValueError, match=message):
         check("op", CPU, x=(tensor, shape))
 

@@ -16,6 +16,7 @@ from pixelgen_kernels.patch_projection import (
     noised_patch_projection_reference,
 )
 from pixelgen_kernels.registration import kernels
+from support.operator_runs import moved
 
 OP, SEED, SCALE = "noised_patch_projection", 0xFEDCBA9876543210, 1.3
 NAMES = ("tokens", "pixels", "target")
@@ -169,7 +170,7 @@ def test_offsets_past_two_to_the_31(addresses):
 )
 def test_bad_input_is_named(change, message, device):
     given, _ = inputs(2, 8, 8, 4, 24, device)
-    change = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in change.items()}
+    change = {name: moved(x, device) if isinstance(x, torch.Tensor) else x for name, x in change.items()}
     with pytest.raises(ValueError, match=message):
         public(**({"patch": 4, "seed": SEED} | given | change))
 

@@ -46,10 +46,10 @@ def test_known_answers_of_random123(name):
 
 
 @pytest.mark.parametrize("count", [1, 4, 11])
-def test_words_are_counted_by_element_image_and_stream(count, body):
+def test_words_are_counted_by_element_image_and_stream(count, body, device):
     """Word i of image n is word i % 4 of the block (i // 4, n low, n high, stream), also past 2^32 images."""
     numbers = [0, 1, 2**32 - 1, 2**32, 5 * 2**40 + 17]
-    words = philox.words(SEED, torch.tensor(numbers), philox.FLIP, count)
+    words = philox.words(SEED, torch.tensor(numbers, device=device), philox.FLIP, count)
     expected = [
         [
             philox_of_integers([i // 4, n & MASK, n >> 32, philox.FLIP], [SEED & MASK, SEED >> 32])[i % 4]
@@ -61,18 +61,18 @@ def test_words_are_counted_by_element_image_and_stream(count, body):
     assert words.tolist() == expected
 
 
-def test_the_whole_seed_counts(body):
+def test_the_whole_seed_counts(body, device):
     """Both halves of a 64-bit seed reach the key, and a negative seed is its two's complement."""
-    numbers = torch.arange(3)
+    numbers = torch.arange(3, device=device)
     draws = [philox.words(seed, numbers, philox.NOISE, 8) for seed in (1, 1 + 2**32, 2, -1)]
     assert all(not torch.equal(a, b) for i, a in enumerate(draws) for b in draws[:i])
     assert torch.equal(draws[3], philox.words(2**64 - 1, numbers, philox.NOISE, 8))
 
 
 @pytest.mark.parametrize("draw", [philox.words, philox.uniform, philox.normal])
-def test_an_image_draws_the_same_whatever_its_batch(draw, body):
+def test_an_image_draws_the_same_whatever_its_batch(draw, body, device):
     """Any slice, order or length of the draw gives the same bits: what makes world size and micro-batch irrelevant."""
-    numbers = torch.arange(100, 116)
+    numbers = torch.arange(100, 116, device=device)
     whole = draw(SEED, numbers, philox.NOISE, 30)
     order = torch.randperm(16, generator=torch.Generator().manual_seed(0))
     assert torch.equal(draw(SEED, numbers[order], philox.NOISE, 30), whole[order])

@@ -8,6 +8,7 @@ from pixelgen_kernels.pixel_modulate import pixel_modulate_bwd_kernel
 from pixelgen_kernels.pixel_modulate import pixel_modulate_fwd_kernel as fwd_kernel
 from pixelgen_kernels.pixel_modulate import pixel_modulate_reference as reference
 from pixelgen_kernels.registration import kernels
+from support.operator_runs import moved
 
 EPS = 1e-6
 
@@ -84,7 +85,7 @@ def test_offsets_past_two_to_the_31(addresses):
 def test_bad_input_is_named(change, message, device):
     given, _ = inputs(2, 3, 16, device)
     with pytest.raises(ValueError, match=message):
-        public(**(given | {name: tensor.to(device) for name, tensor in change.items()}))
+        public(**(given | {name: moved(tensor, device) for name, tensor in change.items()}))
 
 
 @pytest.mark.gpu

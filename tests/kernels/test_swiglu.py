@@ -86,7 +86,8 @@ def test_offsets_past_two_to_the_31(addresses):
         (torch.zeros(8, 2).t(), r"packed must be contiguous, got \[2, 8\] with strides \(1, 2\)"),
     ],
 )
-def test_bad_input_is_named(packed, message, device):
+def test_bad_input_is_named(packed, message, device, monkeypatch):
+    monkeypatch.setenv("PIXELGEN_OPS", "triton")
     with pytest.raises(ValueError, match=message):
         public(packed.to(device))
 

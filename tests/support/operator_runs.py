@@ -54,3 +54,9 @@ def _double(value: Any) -> Any:
         parts = map(_double, value)
         return type(value)._make(parts) if hasattr(value, "_make") else type(value)(parts)
     return value
+
+
+def moved(x: Tensor, device: str) -> Tensor:
+    """A tensor with the strides and the type of x on a device, of any values; `to` makes some contiguous."""
+    there = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+    return there.requires_grad_(x.requires_grad)
