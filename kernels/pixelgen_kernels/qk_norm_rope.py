@@ -48,8 +48,8 @@ def _norm_rotate(x_BLHd: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: 
 
 
 class Config(NamedTuple):
-    """Forward, a program handles block_fwd rows of q and of k; backward, chunk_bwd rows, block_bwd at a time, which
-    divides it."""
+    """Forward, a program handles block_fwd rows of q or of k; backward, chunk_bwd rows of q, k or v, block_bwd at a
+    time, which divides it."""
 
     block_fwd: int
     block_bwd: int
@@ -58,12 +58,12 @@ class Config(NamedTuple):
 
 
 CONFIGS = (
-    Config(64, 32, 256, 8),
     Config(32, 16, 256, 4),
+    Config(64, 32, 256, 8),
     Config(32, 32, 256, 4),
-    Config(64, 64, 512, 8),
+    Config(16, 8, 256, 2),
     Config(16, 16, 128, 4),
-    Config(64, 32, 128, 8),
+    Config(32, 16, 512, 4),
 )
 
 
@@ -82,13 +82,13 @@ def _norm_rotate_fwd(x, weight, cos, sin, eps, d: tl.constexpr, BLOCK_R: tl.cons
 
 @triton.jit
 def _norm_rotate_bwd(dy, x, weight, cos, sin, eps, d: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_d: tl.constexpr):
-    """(gradient of x, this tile's part of the gradient of weight)."""
+    """(gradient of x, each row's part of the gradient of weight)."""
     x = x.to(tl.float32)
     r = 1.0 / tl.sqrt(tl.sum(x * x, axis=1) / d + eps)[:, None]
     n = x * r
     g = _rotate(dy.to(tl.float32), cos, -sin, BLOCK_R, BLOCK_d)
     u = g * weight
-    return r * (u - n * (tl.sum(u * n, axis=1) / d)[:, None]), tl.sum(g * n, axis=0)
+    return r * (u - n * (tl.sum(u * n, axis=1) / d)[:, None]), g * n
 
 
 @triton.jit
@@ -97,30 +97,30 @@ def qk_norm_rope_fwd_kernel(
     H: tl.constexpr, d: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_d: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(L * H, BLOCK_R)
-    image = (tl.program_id(0) // blocks).to(tl.int64)
-    first = (tl.program_id(0) % blocks) * BLOCK_R
+    of_k, block = tl.program_id(0) % 2, tl.program_id(0) // 2
+    image = (block // blocks).to(tl.int64)
+    first = (block % blocks) * BLOCK_R
     # offsets count from the token that the first row belongs to
     token = first // H
     row = first - token * H + tl.arange(0, BLOCK_R)[:, None]
     o_d, o_p = tl.arange(0, BLOCK_d)[None, :], tl.arange(0, BLOCK_d // 2)[None, :]
     m_r = row < (L - token) * H
     mask, m_p = m_r & (o_d < d), m_r & (o_p < d // 2)
-    qkv_ptr += (image * L + token) * (3 * H * d)
+    qkv_ptr += (image * L + token) * (3 * H * d) + of_k * (H * d)
     o_qkv = (row // H) * (2 * H * d) + row * d + o_d
     o_table = (token + row // H) * (d // 2) + o_p
+    if of_k == 0:
+        weight_ptr, out_ptr = q_norm_weight_ptr, q_ptr
+    else:
+        weight_ptr, out_ptr = k_norm_weight_ptr, k_ptr
 
-    q = tl.load(qkv_ptr + o_qkv, mask=mask, other=0.0)
-    k = tl.load(qkv_ptr + H * d + o_qkv, mask=mask, other=0.0)
+    x = tl.load(qkv_ptr + o_qkv, mask=mask, other=0.0)
     cos = tl.load(cos_ptr + o_table, mask=m_p, other=0.0).to(tl.float32)
     sin = tl.load(sin_ptr + o_table, mask=m_p, other=0.0).to(tl.float32)
-    q_norm_weight = tl.load(q_norm_weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
-    k_norm_weight = tl.load(k_norm_weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
-
-    out = (image * L + token) * (H * d) + row * d + o_d
-    q = _norm_rotate_fwd(q, q_norm_weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
-    tl.store(q_ptr + out, q.to(q_ptr.dtype.element_ty), mask=mask)
-    k = _norm_rotate_fwd(k, k_norm_weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
-    tl.store(k_ptr + out, k.to(k_ptr.dtype.element_ty), mask=mask)
+    weight = tl.load(weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
+    x = _norm_rotate_fwd(x, weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
+    out_ptr += (image * L + token) * (H * d)
+    tl.store(out_ptr + row * d + o_d, x.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -130,44 +130,47 @@ def qk_norm_rope_bwd_kernel(
     H: tl.constexpr, d: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_d: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     chunks = tl.cdiv(L * H, CHUNK)
-    image = (tl.program_id(0) // chunks).to(tl.int64)
-    first = (tl.program_id(0) % chunks) * CHUNK
+    part, chunk = tl.program_id(0) % 3, tl.program_id(0) // 3  # of q, k or v
+    image = (chunk // chunks).to(tl.int64)
+    first = (chunk % chunks) * CHUNK
     token = first // H
     o_d, o_p = tl.arange(0, BLOCK_d)[None, :], tl.arange(0, BLOCK_d // 2)[None, :]
-    q_norm_weight = tl.load(q_norm_weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
-    k_norm_weight = tl.load(k_norm_weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
-    sum_q = tl.zeros([BLOCK_d], tl.float32)
-    sum_k = tl.zeros([BLOCK_d], tl.float32)
     out = (image * L + token) * (H * d)
-    packed = (image * L + token) * (3 * H * d)
+    packed = (image * L + token) * (3 * H * d) + part * (H * d)
+    rows = tl.minimum(CHUNK, L * H - first)
+    if part == 0:
+        dy_ptr, weight_ptr = dq_ptr, q_norm_weight_ptr
+    elif part == 1:
+        dy_ptr, weight_ptr = dk_ptr, k_norm_weight_ptr
+    else:
+        dy_ptr, weight_ptr = dv_ptr, k_norm_weight_ptr
 
-    for r in range(0, tl.minimum(CHUNK, L * H - first), BLOCK_R):
-        row = first - token * H + r + tl.arange(0, BLOCK_R)[:, None]
-        m_r = row < (L - token) * H
-        mask, m_p = m_r & (o_d < d), m_r & (o_p < d // 2)
-        o_qkv = packed + (row // H) * (2 * H * d) + row * d + o_d
-        o_out = out + row * d + o_d
-        o_table = (token + row // H) * (d // 2) + o_p
-
-        dq = tl.load(dq_ptr + o_out, mask=mask, other=0.0)
-        q = tl.load(qkv_ptr + o_qkv, mask=mask, other=0.0)
-        dk = tl.load(dk_ptr + o_out, mask=mask, other=0.0)
-        k = tl.load(qkv_ptr + H * d + o_qkv, mask=mask, other=0.0)
-        dv = tl.load(dv_ptr + o_out, mask=mask, other=0.0)
-        cos = tl.load(cos_ptr + o_table, mask=m_p, other=0.0).to(tl.float32)
-        sin = tl.load(sin_ptr + o_table, mask=m_p, other=0.0).to(tl.float32)
-        dq, part = _norm_rotate_bwd(dq, q, q_norm_weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
-        sum_q += part
-        tl.store(dqkv_ptr + o_qkv, dq.to(dqkv_ptr.dtype.element_ty), mask=mask)
-        dk, part = _norm_rotate_bwd(dk, k, k_norm_weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
-        sum_k += part
-        tl.store(dqkv_ptr + H * d + o_qkv, dk.to(dqkv_ptr.dtype.element_ty), mask=mask)
-        tl.store(dqkv_ptr + 2 * H * d + o_qkv, dv, mask=mask)
-
-    o_d = tl.arange(0, BLOCK_d)
-    partial_ptr += tl.program_id(0).to(tl.int64) * (2 * d)
-    tl.store(partial_ptr + o_d, sum_q, mask=o_d < d)
-    tl.store(partial_ptr + d + o_d, sum_k, mask=o_d < d)
+    if part == 2:
+        for r in range(0, rows, BLOCK_R):
+            row = first - token * H + r + tl.arange(0, BLOCK_R)[:, None]
+            mask = (row < (L - token) * H) & (o_d < d)
+            dv = tl.load(dy_ptr + out + row * d + o_d, mask=mask, other=0.0)
+            tl.store(dqkv_ptr + packed + (row // H) * (2 * H * d) + row * d + o_d, dv, mask=mask)
+    else:
+        weight = tl.load(weight_ptr + o_d, mask=o_d < d, other=0.0).to(tl.float32)
+        # rows are summed by the lanes that hold them, and over lanes once at the end
+        sums = tl.zeros([BLOCK_R, BLOCK_d], tl.float32)
+        for r in range(0, rows, BLOCK_R):
+            row = first - token * H + r + tl.arange(0, BLOCK_R)[:, None]
+            m_r = row < (L - token) * H
+            mask, m_p = m_r & (o_d < d), m_r & (o_p < d // 2)
+            o_qkv = packed + (row // H) * (2 * H * d) + row * d + o_d
+            o_table = (token + row // H) * (d // 2) + o_p
+            dy = tl.load(dy_ptr + out + row * d + o_d, mask=mask, other=0.0)
+            x = tl.load(qkv_ptr + o_qkv, mask=mask, other=0.0)
+            cos = tl.load(cos_ptr + o_table, mask=m_p, other=0.0).to(tl.float32)
+            sin = tl.load(sin_ptr + o_table, mask=m_p, other=0.0).to(tl.float32)
+            dx, of_weight = _norm_rotate_bwd(dy, x, weight, cos, sin, eps, d, BLOCK_R, BLOCK_d)
+            sums += of_weight
+            tl.store(dqkv_ptr + o_qkv, dx.to(dqkv_ptr.dtype.element_ty), mask=mask)
+        o_sum = tl.arange(0, BLOCK_d)
+        partial_ptr += chunk.to(tl.int64) * (2 * d) + part * d
+        tl.store(partial_ptr + o_sum, tl.sum(sums, axis=0), mask=o_sum < d)
 
 
 @functools.cache
@@ -175,7 +178,7 @@ def plan_forward(B: int, L: int, H: int, d: int, itemsize: int, config: Config) 
     return Launch(
         name="qk_norm_rope_fwd",
         kernel=qk_norm_rope_fwd_kernel,
-        grid=B * triton.cdiv(L * H, config.block_fwd),
+        grid=2 * B * triton.cdiv(L * H, config.block_fwd),
         constants={"H": H, "d": d, "BLOCK_R": config.block_fwd, "BLOCK_d": triton.next_power_of_2(d)},
         num_warps=config.num_warps,
         num_stages=1,
@@ -187,21 +190,21 @@ def plan_forward(B: int, L: int, H: int, d: int, itemsize: int, config: Config) 
 @functools.cache
 def plan_backward(B: int, L: int, H: int, d: int, itemsize: int, config: Config) -> tuple[Launch, Launch]:
     """(the pass over rows, the reduction of its partial sums)."""
-    programs = B * triton.cdiv(L * H, config.chunk_bwd)
+    chunks = B * triton.cdiv(L * H, config.chunk_bwd)
     rows = Launch(
         name="qk_norm_rope_bwd",
         kernel=qk_norm_rope_bwd_kernel,
-        grid=programs,
+        grid=3 * chunks,
         constants={
             "H": H, "d": d, "BLOCK_R": config.block_bwd, "BLOCK_d": triton.next_power_of_2(d), "CHUNK": config.chunk_bwd
         },
         num_warps=config.num_warps,
         num_stages=1,
-        bytes_moved=8 * B * L * H * d * itemsize + programs * 2 * d * 4,
+        bytes_moved=8 * B * L * H * d * itemsize + chunks * 2 * d * 4,
         rows=B * L,
         loops=(config.chunk_bwd // config.block_bwd,),
     )  # fmt: skip
-    return rows, plan_sum("qk_norm_rope_bwd_reduce", programs, 2 * d, B * L)
+    return rows, plan_sum("qk_norm_rope_bwd_reduce", chunks, 2 * d, B * L)
 
 
 def _fake_forward(
@@ -238,7 +241,7 @@ def qk_norm_rope_backward(
     B, L, H, d = dq.shape
     dqkv = torch.empty_like(qkv)
     rows, reduction = plan_backward(B, L, H, d, dq.element_size(), chosen("qk_norm_rope", CONFIGS, H, d))
-    partial = qkv.new_empty((rows.grid, 2, d), dtype=torch.float32)
+    partial = qkv.new_empty((rows.grid // 3, 2, d), dtype=torch.float32)
     rows.start(dq, dk, dv, qkv, q_norm_weight, k_norm_weight, cos, sin, dqkv, partial, L, eps)
     return dqkv, sum_partials(reduction, partial, q_norm_weight.dtype)
 

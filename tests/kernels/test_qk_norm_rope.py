@@ -80,26 +80,37 @@ def test_offsets_past_two_to_the_31(addresses):
     """The last 32 rows of image 2^21: its packed projection begins at element 2^21 * 256 * 3456."""
     image, L, H, d, rows = 2**21, 256, 16, 72, 32
     half, full = torch.bfloat16, torch.float32
-    program = image * (L * H // rows) + L * H // rows - 1
+    block = image * (L * H // rows) + L * H // rows - 1
     sizes = {"L": L, "eps": 1e-6, "H": H, "d": d, "BLOCK_R": rows, "BLOCK_d": 128}
     token = image * L + L - 2
     outputs = list(range(token * H * d, (token + 2) * H * d))
-    packed = [t * 3 * H * d + part for t in (token, token + 1) for part in range(2 * H * d)]
     pointers = {"q_norm_weight_ptr": half, "k_norm_weight_ptr": half, "cos_ptr": full, "sin_ptr": full, "qkv_ptr": half}
-    touched = addresses(qk_norm_rope_fwd_kernel, (program, 0, 0), **pointers, q_ptr=half, k_ptr=half, **sizes)
-    assert touched["q_ptr"].tolist() == touched["k_ptr"].tolist() == outputs
-    assert touched["qkv_ptr"].tolist() == packed
-    assert touched["cos_ptr"].tolist() == list(range((L - 2) * d // 2, L * d // 2))
+    tables = list(range((L - 2) * d // 2, L * d // 2))
 
-    touched = addresses(
-        qk_norm_rope_bwd_kernel, (program, 0, 0), **pointers, dq_ptr=half, dk_ptr=half, dv_ptr=half,
-        dqkv_ptr=half, partial_ptr=full, CHUNK=rows, **sizes,
-    )  # fmt: skip
-    for name in ("dq_ptr", "dk_ptr", "dv_ptr"):
-        assert touched[name].tolist() == outputs, name
-    assert touched["qkv_ptr"].tolist() == packed
-    assert touched["dqkv_ptr"].tolist() == list(range(token * 3 * H * d, (token + 2) * 3 * H * d))
-    assert touched["partial_ptr"].tolist() == list(range(program * 2 * d, (program + 1) * 2 * d))
+    def packed(part):
+        return [(3 * t + part) * H * d + i for t in (token, token + 1) for i in range(H * d)]
+
+    for part, name in enumerate("qk"):
+        program = (2 * block + part, 0, 0)
+        touched = addresses(qk_norm_rope_fwd_kernel, program, **pointers, q_ptr=half, k_ptr=half, **sizes)
+        assert touched.keys() == {"qkv_ptr", "cos_ptr", "sin_ptr", f"{name}_norm_weight_ptr", f"{name}_ptr"}
+        assert touched[f"{name}_ptr"].tolist() == outputs
+        assert touched["qkv_ptr"].tolist() == packed(part)
+        assert touched["cos_ptr"].tolist() == touched["sin_ptr"].tolist() == tables
+
+    for part, name in enumerate("qkv"):
+        touched = addresses(
+            qk_norm_rope_bwd_kernel, (3 * block + part, 0, 0), **pointers, dq_ptr=half, dk_ptr=half, dv_ptr=half,
+            dqkv_ptr=half, partial_ptr=full, CHUNK=rows, **sizes,
+        )  # fmt: skip
+        assert touched[f"d{name}_ptr"].tolist() == outputs
+        assert touched["dqkv_ptr"].tolist() == packed(part)
+        if name == "v":
+            assert touched.keys() == {"dv_ptr", "dqkv_ptr"}
+            continue
+        assert touched["qkv_ptr"].tolist() == packed(part)
+        assert touched["cos_ptr"].tolist() == touched["sin_ptr"].tolist() == tables
+        assert touched["partial_ptr"].tolist() == list(range((2 * block + part) * d, (2 * block + part + 1) * d))
 
 
 def arguments(**changed):
