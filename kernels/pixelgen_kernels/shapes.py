@@ -16,7 +16,11 @@ JIT = (*TRANSFORMER, "norm_modulate_last")
 
 @dataclass(frozen=True)
 class ModelShape:
-    """The sizes of a model and its batch that kernels depend on. cases: what a step of it starts, of the registry."""
+    """The sizes of a model and its batch that kernels depend on.
+
+    ffn: hidden width of the feed-forward layer, rounded up to a multiple of 16. cases: what a step of it starts, of the
+    registry.
+    """
 
     name: str
     width: int
@@ -57,11 +61,11 @@ class ModelShape:
 
 
 B = ModelShape("B", width=768, heads=12, ffn=2048, depth=12, pixel_depth=2, parameters=184_749_155)
-L = ModelShape("L", width=1024, heads=16, ffn=2730, depth=22, pixel_depth=4, parameters=569_648_963)
+L = ModelShape("L", width=1024, heads=16, ffn=2736, depth=22, pixel_depth=4, parameters=569_648_963)
 XL = ModelShape("XL", width=1152, heads=16, ffn=3072, depth=26, pixel_depth=4, parameters=797_383_203)
-# its feed-forward width is odd, so that no row of it is aligned; from block 10 on there are 32 tokens more
+# from block 10 on there are 32 tokens more
 JIT_H = ModelShape(
-    "JiT-H", width=1280, heads=16, ffn=3413, depth=32, pixel_depth=0, parameters=952_514_368, tokens=288, cases=JIT
+    "JiT-H", width=1280, heads=16, ffn=3424, depth=32, pixel_depth=0, parameters=952_514_368, tokens=288, cases=JIT
 )
 MODELS = {shape.name: shape for shape in (B, L, XL, JIT_H)}
 

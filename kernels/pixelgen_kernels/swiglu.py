@@ -104,7 +104,6 @@ def plan(direction: str, N: int, F: int, itemsize: int, config: Config) -> Launc
         num_stages=1,
         bytes_moved=(3 if direction == "fwd" else 6) * N * F * itemsize,
         rows=N,
-        # rows of L's 2730 bf16 begin at multiples of 4 bytes, of JiT-H's 3413 at multiples of 2
         widest=8 * math.gcd(F * itemsize, 16),
     )
 

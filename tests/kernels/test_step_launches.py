@@ -20,6 +20,7 @@ from pixelgen_fast.engine.launches import module_launches
 from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.engine.optimizer import AdamWEMA
 from pixelgen_fast.engine.parallel import wrap_blocks
+from pixelgen_fast.layers import SwiGLU
 from pixelgen_fast.models import deco, jit, pixeldit
 
 BATCH, CLASSES = 2, 3
@@ -45,9 +46,10 @@ def shape(name: str) -> ModelShape:
     """The same sizes as the report names them."""
     system, settings, _, image = STEPS[name]
     width = settings["hidden_size"]
+    ffn = -(-int(2 * 4 * width / 3) // SwiGLU.MULTIPLE) * SwiGLU.MULTIPLE
     channels = settings.get("pixel_hidden_size", 0)
     return ModelShape(
-        name, width=width, heads=settings["num_heads"], ffn=int(2 * 4 * width / 3), depth=2, pixel_depth=1,
+        name, width=width, heads=settings["num_heads"], ffn=ffn, depth=2, pixel_depth=1,
         parameters=4 * (257 if name == "odd" else 256), batch=BATCH, tokens=(image // 4) ** 2, pixels=16,
         channels=channels, pixel_hidden=4 * channels, patch=4,
         cases={pixeldit: (*PIXELDIT, *PIXELDIT_OPTIONS), jit: JIT, deco: TRANSFORMER}[system],
