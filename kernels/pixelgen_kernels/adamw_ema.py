@@ -257,17 +257,20 @@ def adamw_ema_foreach(
     ema_decays: Sequence[float | Tensor],
     skip: Tensor | None = None,
     grad_scale: float | Tensor = 1.0,
+    bf16_outs: Sequence[Tensor | None] | None = None,
 ) -> None:
     """`adamw_ema` of every parameter of a list, in place; one pass over all of them on a CPU with csrc compiled.
 
-    emas: for each decay the averages of all parameters. Raises ValueError as `adamw_ema` does.
+    emas: for each decay the averages of all parameters. bf16_outs: `bf16_out` of each. Raises ValueError as `adamw_ema`
+    does.
     """
     if len({len(some) for some in (params, grads, exp_avgs, exp_avg_sqs, *emas)}) != 1 or len(emas) != len(ema_decays):
         counts = [len(some) for some in (params, grads, exp_avgs, exp_avg_sqs, *emas)]
         raise ValueError(
             f"adamw_ema_foreach: lists of {counts} tensors for {len(ema_decays)} decays; lengths must agree"
         )
-    if params and body(params[0]) == "native":
+    copies = bf16_outs or [None] * len(params)
+    if params and body(params[0]) == "native" and not any(copy is not None for copy in copies):
         for param, *rest in zip(params, grads, exp_avgs, exp_avg_sqs, *emas, strict=True):
             if any(x.shape != param.shape or x.dtype != torch.float32 or not x.is_contiguous() for x in (param, *rest)):
                 described = [f"{x.dtype} {list(x.shape)} strides {x.stride()}" for x in (param, *rest)]
@@ -278,10 +281,12 @@ def adamw_ema_foreach(
             lr, beta1, beta2, eps, weight_decay,
         )  # fmt: skip
         return
-    for param, grad, exp_avg, exp_avg_sq, *averages in zip(params, grads, exp_avgs, exp_avg_sqs, *emas, strict=True):
+    rows = zip(params, grads, exp_avgs, exp_avg_sqs, copies, *emas, strict=True)
+    for param, grad, exp_avg, exp_avg_sq, copy, *averages in rows:
         adamw_ema(
             param, grad, exp_avg, exp_avg_sq, averages, lr=lr, beta1=beta1, beta2=beta2, eps=eps,
             weight_decay=weight_decay, step=step, ema_decays=ema_decays, skip=skip, grad_scale=grad_scale,
+            bf16_out=copy,
         )  # fmt: skip
 
 

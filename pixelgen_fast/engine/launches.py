@@ -2,9 +2,10 @@
 
     step_launches(config) = module_launches(module of the run) + optimizer_launches(its optimizer)
 
-The list is exact where tensors lie as in a run. ZeRO 1 and 2 cut a run's weights from one buffer, one after another in
-the optimizer's order, so that behind a weight of an odd size no other begins at a multiple of 16 bytes. The shard that
-ZeRO hands to the optimizer has a size that depends on the number of ranks: it is listed for all.
+The list is exact where tensors lie as in a run. One bf16 rank keeps its weights as `masters` has them. ZeRO 1 and 2 cut
+a run's weights from one buffer, one after another in the optimizer's order, so that behind a weight of an odd size no
+other begins at a multiple of 16 bytes. The shard that ZeRO hands to the optimizer has a size that depends on the number
+of ranks: it is listed for all.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast import models
+from pixelgen_fast.engine import masters
 from pixelgen_fast.engine.alignment import build_alignment
 from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.engine.optimizer import AdamWEMA, run_optimizer
@@ -35,16 +37,19 @@ def step_launches(
     precision: "bf16" or "fp32". multiprocessors: of the GPU that is planned for. Neither images nor weights are read:
     of a teacher or DINO the architecture is enough. Raises ValueError for a configuration that a run would refuse.
     """
-    sharded = precision == "bf16" or config.train.zero_stage > 1 or ranks > 1
-    module, optimizer = build_on_meta(config, precision, in_one_buffer=sharded and config.train.zero_stage < 3)
-    size, batch = config.data.image_size, config.train.micro_batch
+    stage, size, batch = config.train.zero_stage, config.data.image_size, config.train.micro_batch
+    own = masters.applies(precision, stage, ranks, config.train.global_batch // (batch * ranks))
+    sharded = (precision == "bf16" or stage > 1 or ranks > 1) and not own
+    module, optimizer = build_on_meta(config, precision, in_one_buffer=sharded and stage < 3)
+    if own:
+        kept = masters.Masters(module, optimizer)
     with META:
         images = torch.empty(batch, size, size, 3, dtype=torch.uint8)
         labels, numbers = (torch.zeros(batch, dtype=torch.int64) for _ in range(2))
-    return [
-        *module_launches(module, images, labels, numbers, multiprocessors),
-        *optimizer_launches(optimizer, sharded, multiprocessors),
-    ]
+    of_module = module_launches(module, images, labels, numbers, multiprocessors)
+    if own:
+        kept.take_gradients()
+    return [*of_module, *optimizer_launches(optimizer, sharded, multiprocessors)]
 
 
 def build_on_meta(config: cfg.Config, precision: str, in_one_buffer: bool) -> tuple[FlowMatching, AdamWEMA]:

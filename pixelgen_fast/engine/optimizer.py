@@ -40,7 +40,7 @@ class AdamWEMA(torch.optim.Optimizer):
 
     Used alone, it judges a step by the norm of the gradients it holds. Under ZeRO it holds a shard only and is called
     once for each group, so `grad_norm` is set to a function that returns the global norm, and whoever sets it calls
-    `end_step(norm)` once after each step.
+    `end_step(norm)` once after each step. `copies`: bf16 tensors of parameters, which a step writes as well.
 
     Raises ValueError for decays, betas, learning rates or weight decays out of range.
     """
@@ -61,6 +61,7 @@ class AdamWEMA(torch.optim.Optimizer):
         self.ema_warmup = ema_warmup
         self.clip_norm = clip_norm
         self.grad_norm: Callable[[], Tensor | float] | None = None
+        self.copies: dict[Tensor, Tensor] = {}
         self.norm: Tensor | float = 0.0  # of the last step, before clipping, where this optimizer took it itself
         if any(not 0.0 <= d < 1.0 for d in self.ema_decays) or len(set(self.ema_decays)) < len(self.ema_decays):
             raise ValueError(f"ema_decays must be distinct and in [0, 1), got {list(ema_decays)}")
@@ -107,6 +108,7 @@ class AdamWEMA(torch.optim.Optimizer):
                 [s["exp_avg_sq"] for s in states], [[s[key] for s in states] for key in keys],
                 lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
                 step=step, skip=skip, ema_decays=decays[: len(keys)], grad_scale=scale,
+                bf16_outs=[self.copies.get(param) for param in params],
             )  # fmt: skip
         if self.grad_norm is None:
             self.norm = norm

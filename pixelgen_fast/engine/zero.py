@@ -8,8 +8,9 @@ parameter's flattened fp32 state, possibly empty:
                 start = 6 ----^  length 6
 
 so `gather` and `restore` need nothing but (start, views of that piece), and a checkpoint knows no stage or world size.
-One fp32 rank at stage 1 has nothing to shard: DeepSpeed then runs without ZeRO, the piece is the parameter itself, and
-no gradient or weight is copied in a step. Clipping is the optimizer's, at no pass of its own and without a wait.
+One rank at stage 1 has nothing to shard: DeepSpeed then runs without ZeRO. In fp32 the piece is the parameter itself,
+and no gradient or weight is copied in a step; in bf16, with one micro-batch a step, it is a part of `masters`. Clipping
+is the optimizer's, at no pass of its own and without a wait.
 
 DeepSpeed chooses its accelerator when it is imported: import this file only when a run needs it.
 """
@@ -29,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pixelgen_fast.engine import masters
 from pixelgen_fast.engine.optimizer import SKIPPED, SKIPPED_IN_A_ROW, AdamWEMA
 from pixelgen_fast.runs.checkpoint import ema_key
 
@@ -122,17 +124,20 @@ class ZeroEngine:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.host_group = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
         numel = sum(p.numel() for p in self._parameters.values())
-        self._sharded = stage > 1 or self.world > 1 or dtype != "fp32"
-        config = _config(stage if self._sharded else 0, micro_batch, accumulation, self.world, dtypes, numel)
+        own_masters = masters.applies(dtype, stage, self.world, accumulation)
+        self._sharded = (stage > 1 or self.world > 1 or dtype != "fp32") and not own_masters
+        given = ("fp32",) * 3 if own_masters else dtypes
+        config = _config(stage if self._sharded else 0, micro_batch, accumulation, self.world, given, numel)
 
         if stage == 3:
             for whole in whole_modules:
                 set_z3_leaf_module(whole, True)
-        if dtype == "bf16":
+        if dtype == "bf16" and self._sharded:
             # DeepSpeed casts parameters only; the module casts its buffers too, and knows those that keep float32
             module.bfloat16()
         self._engine = _initialize(module, optimizer, _merged(config, overrides or {}))
         self._zero = self._engine.optimizer
+        self._masters = masters.Masters(module.bfloat16(), optimizer) if own_masters else None
         device = get_accelerator().current_device_name()
         optimizer.counters = optimizer.counters.to(device)
         self._take_norm_from_shards()
@@ -181,6 +186,8 @@ class ZeroEngine:
         stages DeepSpeed then returns before the optimizer is called, in the others the optimizer skips.
         """
         boundary = self._engine.is_gradient_accumulation_boundary()
+        if self._masters:
+            self._masters.take_gradients()
         self._engine.step()
         if boundary:
             norm = self._zero._global_grad_norm if self._sharded else self.optimizer.norm
@@ -298,6 +305,10 @@ class ZeroEngine:
 
     def _piece(self, name: str, param: nn.Parameter) -> _Piece:
         keys = self.kinds(name)[1:]
+        if self._masters:
+            flat, start = self._masters.of(param)
+            views = {MASTER: flat} | {key: self.optimizer.state[flat][key] for key in keys}
+            return _Piece(0, {kind: view.detach()[start : start + param.numel()] for kind, view in views.items()})
         if not self._sharded:
             views = {MASTER: param} | {key: self.optimizer.state[param][key] for key in keys}
             return _Piece(0, {kind: view.detach().view(-1) for kind, view in views.items()})

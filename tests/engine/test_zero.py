@@ -1,5 +1,7 @@
 """ZeRO 1, 2 and 3 on one rank and on two against the same training in float64; steps that must not happen."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -18,17 +20,25 @@ def found(launch, tmp_path_factory) -> dict[int, dict]:
 
 @pytest.fixture(scope="module")
 def expected(worker) -> dict:
-    """The same steps on the whole batch in float64, with AdamW, clipping and averages written out."""
-    net = worker.net(torch.float64)
+    """The same steps on the whole batch in float64."""
+    return by_hand(worker, worker.net(torch.float64), worker.STEPS)
+
+
+def by_hand(worker, net, steps: int, computed_in: torch.dtype = torch.float64) -> dict:
+    """AdamW, clipping and averages written out in float64; the gradients are those of weights rounded to a type."""
     params = {name: p for name, p in net.named_parameters() if p.requires_grad}
     state = {name: {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)} for name, p in params.items()}
     for name, p in params.items():
         state[name] |= {} if name.startswith("projector") else {f"ema_{d}": p.detach().clone() for d in worker.DECAYS}
     losses = []
-    for step in range(worker.STEPS):
-        x, y = (v.double() for v in worker.batch(step))
-        loss = (net(x) - y).square().mean()
-        grads = dict(zip(params, torch.autograd.grad(loss, list(params.values())), strict=True))
+    for step in range(steps):
+        x, y = worker.batch(step)
+        rounded = copy.deepcopy(net).to(computed_in)
+        wide = torch.promote_types(computed_in, torch.float32)
+        loss = (rounded(x.to(computed_in)).to(wide) - y.to(wide)).square().mean()
+        of = dict(rounded.named_parameters())
+        grads = torch.autograd.grad(loss, [of[name] for name in params])
+        grads = {name: g.double() for name, g in zip(params, grads, strict=True)}
         norm = torch.sqrt(sum(g.square().sum() for g in grads.values()))
         losses.append(loss.item())
         for name, p in params.items():
@@ -64,6 +74,24 @@ def test_twenty_steps_are_the_same_at_every_stage_and_world_size(worker, found, 
         assert run["state"][name].keys() == kinds.keys()
         for kind, want in kinds.items():
             assert error(run["state"][name][kind], want) < TOLERANCE, f"{kind} of {name}"
+
+
+def test_one_bf16_rank_keeps_float32_masters(worker, found):
+    """Forward and backward are the bf16 module's; everything behind them is float32, and follows float64."""
+    run, start = found[1]["masters"], worker.net().bfloat16()
+    for name, p in start.named_parameters():
+        if p.requires_grad:
+            assert torch.equal(run["start"][name]["master"], p.float())
+    expected = by_hand(worker, start.double(), 5, torch.bfloat16)
+    assert abs(run["norm"] / expected["norm"] - 1) < TOLERANCE
+    assert run["norm"] > worker.CLIP
+    for name, kinds in expected["state"].items():
+        assert run["state"][name].keys() == kinds.keys()
+        for kind, want in kinds.items():
+            assert error(run["state"][name][kind], want) < TOLERANCE, f"{kind} of {name}"
+    assert run["follows"] and run["untouched"]
+    assert run["skipped"] == {"step": 5, "skipped": 1, "skipped_in_a_row": 1}
+    assert not any(run["rows_begin"]), "weights begin at multiples of 32 bytes"
 
 
 @pytest.mark.parametrize(("world", "stage"), RUNS)

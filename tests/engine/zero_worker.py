@@ -47,31 +47,32 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 
 def build(
-    stage: int, world: int, *, overrides: dict | None = None, model: Net | None = None, **dtypes: str
-) -> ZeroEngine:
+    stage: int, world: int, *, overrides: dict | None = None, model: Net | None = None,
+    accumulation: int = ACCUMULATION, **dtypes: str,
+) -> ZeroEngine:  # fmt: skip
     model = model or net()
     head = [p for name, p in model.named_parameters() if name.startswith("projector")]
     body = [p for name, p in model.named_parameters() if not name.startswith("projector") and p.requires_grad]
     groups = [{"params": body, "weight_decay": 0.1}, {"params": head, "ema": False}]
     return ZeroEngine(
         model, AdamWEMA(groups, lr=LR, betas=(0.9, 0.95), ema_decays=DECAYS, clip_norm=CLIP), stage=stage,
-        micro_batch=GLOBAL_BATCH // world // ACCUMULATION, accumulation=ACCUMULATION, overrides=overrides, **dtypes,
+        micro_batch=GLOBAL_BATCH // world // accumulation, accumulation=accumulation, overrides=overrides, **dtypes,
     )  # fmt: skip
 
 
-def train(engine: ZeroEngine, step: int, bad: float | None = None) -> float:
+def train(engine: ZeroEngine, step: int, bad: float | None = None, accumulation: int = ACCUMULATION) -> float:
     """One step; `bad` is put into the last rank's last micro-batch. Returns this rank's part of the mean loss."""
     x, y = batch(step)
-    size = GLOBAL_BATCH // engine.world // ACCUMULATION
+    size = GLOBAL_BATCH // engine.world // accumulation
     total = 0.0
-    for micro in range(ACCUMULATION):
-        begin = (engine.rank * ACCUMULATION + micro) * size
+    for micro in range(accumulation):
+        begin = (engine.rank * accumulation + micro) * size
         loss = (engine(x[begin : begin + size].to(dtype_of(engine))).float() - y[begin : begin + size]).square().mean()
-        total += loss.item() / ACCUMULATION / engine.world
-        if bad is not None and micro == ACCUMULATION - 1 and engine.rank == engine.world - 1:
+        total += loss.item() / accumulation / engine.world
+        if bad is not None and micro == accumulation - 1 and engine.rank == engine.world - 1:
             loss = loss * bad
         engine.backward(loss)
-        assert engine.step() == (micro == ACCUMULATION - 1)
+        assert engine.step() == (micro == accumulation - 1)
     return total
 
 
@@ -99,7 +100,7 @@ def module_follows_master(engine: ZeroEngine) -> bool:
 
 
 def stages(folder: Path, world: int) -> dict:
-    return parity(world) | ({"bf16": bf16(world)} if world > 1 else {})
+    return parity(world) | ({"bf16": bf16(world)} if world > 1 else {"masters": own_masters()})
 
 
 def parity(world: int) -> dict:
@@ -148,6 +149,20 @@ def bf16(world: int) -> dict:
             skipped_by_deepspeed=engine._engine.skipped_steps,
         )  # fmt: skip
     return found
+
+
+def own_masters() -> dict:
+    """One bf16 rank with one micro-batch a step, which has nothing to shard or to add up."""
+    engine = build(1, 1, accumulation=1, dtype="bf16")
+    start = state(engine)
+    for step in range(5):
+        train(engine, step, accumulation=1)
+    after, norm, follows = state(engine), engine.grad_norm.item(), module_follows_master(engine)
+    train(engine, 50, bad=float("nan"), accumulation=1)
+    return dict(
+        start=start, state=after, norm=norm, follows=follows, untouched=same(after, state(engine)),
+        skipped=engine.scalars(), rows_begin=[p.data_ptr() % 32 for p in engine._parameters.values()],
+    )  # fmt: skip
 
 
 def save_at_stage_3(folder: Path, world: int) -> dict:
