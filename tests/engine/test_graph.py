@@ -121,10 +121,19 @@ def test_what_cannot_be_captured_is_refused(
     train: dict[str, Any], world: int, accumulation: int, device: str, message: str
 ) -> None:
     config = cfg.Config(train=cfg.Train(cuda_graph=True, **train))
+    where = torch.device(device), world, accumulation, objective("pixeldit")
     with pytest.raises(cfg.ConfigError, match=f"train.cuda_graph is on, but .*{message}"):
-        graph.check_graph(config, torch.device(device), world, accumulation, objective("pixeldit"))
-    off = replace(config, train=replace(config.train, cuda_graph=False))
-    graph.check_graph(off, torch.device(device), world, accumulation, objective("pixeldit"))
+        graph.is_captured(config, *where)
+    for other in (False, None):
+        assert not graph.is_captured(replace(config, train=replace(config.train, cuda_graph=other)), *where)
+
+
+def test_by_itself_a_run_captures_what_can_be() -> None:
+    where = torch.device("cuda"), 1, 1, objective("pixeldit")
+    assert graph.is_captured(cfg.Config(), *where)
+    assert graph.is_captured(cfg.Config(train=cfg.Train(cuda_graph=True)), *where)
+    assert not graph.is_captured(cfg.Config(train=cfg.Train(cuda_graph=False)), *where)
+    assert not graph.is_captured(cfg.Config(train=cfg.Train(compile_blocks=True)), *where)
 
 
 def test_a_teacher_and_dropout_are_refused() -> None:
@@ -132,11 +141,11 @@ def test_a_teacher_and_dropout_are_refused() -> None:
     aligned = objective("pixeldit")
     aligned.alignment = nn.Identity()
     with pytest.raises(cfg.ConfigError, match=r"alignment\.teacher"):
-        graph.check_graph(config, torch.device("cuda"), 1, 1, aligned)
+        graph.is_captured(config, torch.device("cuda"), 1, 1, aligned)
     system, settings, predict = MODELS["jit"]
     model = system.build(system.Settings(**settings, dropout=0.1), IMAGE, CLASSES)
     with pytest.raises(cfg.ConfigError, match="dropout"):
-        graph.check_graph(config, torch.device("cuda"), 1, 1, FlowMatching(model, predict, 1, null_class=CLASSES))
+        graph.is_captured(config, torch.device("cuda"), 1, 1, FlowMatching(model, predict, 1, null_class=CLASSES))
 
 
 def test_capture_records_the_whole_objective(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,6 +178,6 @@ def test_a_graph_trains_like_the_step_itself(name: str) -> None:
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.detach().clone())
+            losses += [loss.detach().clone(), *(part.clone() for part in module.parts.values())]
         results.append([torch.stack(losses), *module.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
