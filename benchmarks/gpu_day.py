@@ -23,6 +23,7 @@ and to go on from what an earlier visit has brought home, put into .gpu/ as well
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import time
@@ -30,6 +31,7 @@ from pathlib import Path
 
 from gpu import plan, summary, wheels
 from gpu.visit import Visit, read
+from machine import CARRIED, COMMIT
 
 GPU = Path("/dev/nvidiactl")
 
@@ -41,6 +43,8 @@ def main() -> int:
         return 0
     if not args.rehearse and not GPU.exists():
         raise SystemExit(f"error: there is no GPU here ({GPU} is missing); --rehearse goes the same way without one")
+    if not args.rehearse and CARRIED.exists():  # the copy's own history may end before what was copied
+        os.environ[COMMIT] = CARRIED.read_text().strip()
     known = {part.name: part for part in plan.parts(args.rehearse)}
     names = args.parts.split(",") if args.parts else list(known)
     if unknown := [name for name in names if name not in known]:
