@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pixelgen_fast import config as cfg
 from pixelgen_fast import models
 from pixelgen_fast.data import Batch
-from pixelgen_fast.engine.graph import capture, is_captured
+from pixelgen_fast.engine.graph import capture, check_graph
 from pixelgen_fast.engine.metrics import forward_flops
 from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.engine.optimizer import AdamWEMA, run_optimizer
@@ -60,7 +60,7 @@ class Training:
                 self.flops = 3 * batch * forward_flops(models.build_model(config, classes), size)
             wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=config.train.compile_blocks)
             self.module = FlowMatching(model, config.objective, config.run.seed, classes)
-            captured = is_captured(config, self.device, 1, 1, self.module)
+            check_graph(config, self.device, 1, 1, self.module)
             optimizer = run_optimizer(config.optimizer, model, None)
             if zero is None:
                 self.engine_name, self.engine = "plain", PlainEngine(self.module, optimizer, precision)
@@ -70,7 +70,7 @@ class Training:
                 self.engine = zero.ZeroEngine(
                     self.module, optimizer, stage=config.train.zero_stage, micro_batch=batch, dtype=precision
                 )
-            if captured:
+            if config.train.cuda_graph:
                 capture(self.module, batch, size, self.device)
         random_numbers = torch.Generator(self.device).manual_seed(1)
         self.images = torch.randint(

@@ -134,8 +134,8 @@ class Train:
     # what backward computes again instead of keeping it: nothing, all but matrix products and attention, whole blocks
     recompute: Recompute = "none"
     compile_blocks: bool = False
-    # forward and backward of a step as CUDA graphs, so that the GPU never waits for the host; None: where they can be
-    cuda_graph: bool | None = None
+    # forward and backward of a step as CUDA graphs, on one GPU: for models so small that it waits for the host
+    cuda_graph: bool = False
     # a run stops after this many steps in a row whose loss or gradient is not finite
     max_bad_steps: int = above(0, default=10)
 

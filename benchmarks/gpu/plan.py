@@ -21,8 +21,7 @@ TUNED = (
     "norm_modulate", "pixel_mlp", "pixel_modulate", "swiglu", "qk_norm_rope", "noised_patch_projection", "flow_loss",
     "adamw_ema", "random_words",
 )  # fmt: skip
-NO_GRAPH = "train.cuda_graph=false"
-OPERATORS_AGAIN, BLOCKS_AGAIN = "train.recompute=operators", "train.recompute=blocks"
+GRAPH, OPERATORS_AGAIN, BLOCKS_AGAIN = "train.cuda_graph=true", "train.recompute=operators", "train.recompute=blocks"
 # csrc is not compiled on the machine, and some tests watch the interpreter
 KERNEL_TESTS = [
     "tests/kernels", "-k", "not native",
@@ -83,8 +82,9 @@ def _visit() -> list[Part]:
         step(L, 64, "compiled"),
     ]
     variants = [
-        step(B, 64, "ours", NO_GRAPH),
-        step(XL, 64, "ours", NO_GRAPH),
+        *(step(config, 32, side) for config in ("jit_b_256", "deco_l_256") for side in ("ours", "reference")),
+        step(B, 64, "ours", GRAPH),
+        step(XL, 64, "ours", GRAPH),
         step(XL, 64, "ours", OPERATORS_AGAIN),
         step(XL, 64, "ours", attention="xformers"),
         step(XL, 64, "ours", attention="flash"),
@@ -95,6 +95,8 @@ def _visit() -> list[Part]:
         step(XL, 16, "ours"),
         step(B, 32, "ours"),
     ]
+    half = ["train.images=64000", "save.every_images=32000", "sample.grid_every_images=0"]
+    product = {"config": "digits", "images": 64, "overrides": half}
     drawing = {"images": 64, "steps": 10, "guidance": 3.25, "bodies": ["triton", "reference"], "rounds": 2}
     return [
         Part("ceilings", 25, (Task("products", "gpu.ceilings", ceilings),)),
@@ -108,7 +110,7 @@ def _visit() -> list[Part]:
                 step(XL, 32, "reference", module="gpu.profiled"),
             ),
         ),
-        Part("product", 45, (Task("digits", "gpu.main_job", {"config": "digits", "images": 64}, 120),)),
+        Part("product", 45, (Task("digits", "gpu.main_job", product, 120),)),
         Part("variants", 45, tuple(variants)),
         Part(
             "operators", 60,

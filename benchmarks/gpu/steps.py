@@ -28,9 +28,7 @@ COMPARED = 3  # steps before the timed ones, whose numbers are kept
 
 
 def settings(config: str, images: int, side: str, overrides: Sequence[str]) -> cfg.Config:
-    """Our side captures its step where it can, as a run does by itself; the others are PyTorch as it comes."""
-    sides = {"compiled": ["train.compile_blocks=true"], "reference": ["train.cuda_graph=false"]}
-    return load_config(config, images, *sides.get(side, []), *overrides)
+    return load_config(config, images, *overrides, *(["train.compile_blocks=true"] if side == "compiled" else []))
 
 
 def ready(config: cfg.Config, side: str) -> None:

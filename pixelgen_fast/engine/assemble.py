@@ -21,7 +21,7 @@ from pixelgen_fast.device import choose_device
 from pixelgen_fast.dino.kept import with_kept_dino
 from pixelgen_fast.engine import zero
 from pixelgen_fast.engine.alignment import build_alignment
-from pixelgen_fast.engine.graph import is_captured
+from pixelgen_fast.engine.graph import check_graph
 from pixelgen_fast.engine.memory import keep_freed_memory
 from pixelgen_fast.engine.metrics import forward_flops
 from pixelgen_fast.engine.objective import FlowMatching
@@ -40,7 +40,7 @@ class Parts:
 
     built: the configuration that the model was built from, with the kept copy of its DINO where there is one.
     precision: "bf16" or "fp32". operators: what runs them, for the log. image_flops: of a training image, both passes.
-    objective: what `engine` trains. captured: its forward and backward become CUDA graphs.
+    objective: what `engine` trains.
     """
 
     config: cfg.Config
@@ -55,7 +55,6 @@ class Parts:
     image_flops: int
     objective: FlowMatching
     engine: zero.ZeroEngine
-    captured: bool
 
     @property
     def classes(self) -> list[str]:
@@ -99,7 +98,7 @@ def assemble(config: cfg.Config) -> Parts:
     wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=config.train.compile_blocks)
     alignment = build_alignment(config, model, index, device)
     objective = FlowMatching(model, config.objective, config.run.seed, len(index.classes), alignment)
-    captured = is_captured(config, device, world, accumulation, objective)
+    check_graph(config, device, world, accumulation, objective)
     engine = zero.ZeroEngine(
         objective,
         run_optimizer(config.optimizer, model, alignment),
@@ -109,8 +108,7 @@ def assemble(config: cfg.Config) -> Parts:
         dtype=precision,
         whole_modules=model.whole_modules(),
     )
-    ranks = (device, precision, rank, world)
-    return Parts(config, built, folder, *ranks, index, operators, flops, objective, engine, captured)
+    return Parts(config, built, folder, device, precision, rank, world, index, operators, flops, objective, engine)
 
 
 def _initialise(model: System, weights: str | None, rank: int) -> None:

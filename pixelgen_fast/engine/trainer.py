@@ -56,7 +56,7 @@ class Trainer:
         with ExitStack() as on_failure:
             on_failure.callback(self.owner.close)
             self._claim()
-            if self.parts.captured:
+            if config.train.cuda_graph:
                 capture(self.parts.objective, config.train.micro_batch, config.data.image_size, self.parts.device)
             if self.rank == 0:
                 keep_dino(self.folder.root, self.parts.built)

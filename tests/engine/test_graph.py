@@ -121,19 +121,10 @@ def test_what_cannot_be_captured_is_refused(
     train: dict[str, Any], world: int, accumulation: int, device: str, message: str
 ) -> None:
     config = cfg.Config(train=cfg.Train(cuda_graph=True, **train))
-    where = torch.device(device), world, accumulation, objective("pixeldit")
     with pytest.raises(cfg.ConfigError, match=f"train.cuda_graph is on, but .*{message}"):
-        graph.is_captured(config, *where)
-    for other in (False, None):
-        assert not graph.is_captured(replace(config, train=replace(config.train, cuda_graph=other)), *where)
-
-
-def test_by_itself_a_run_captures_what_can_be() -> None:
-    where = torch.device("cuda"), 1, 1, objective("pixeldit")
-    assert graph.is_captured(cfg.Config(), *where)
-    assert graph.is_captured(cfg.Config(train=cfg.Train(cuda_graph=True)), *where)
-    assert not graph.is_captured(cfg.Config(train=cfg.Train(cuda_graph=False)), *where)
-    assert not graph.is_captured(cfg.Config(train=cfg.Train(compile_blocks=True)), *where)
+        graph.check_graph(config, torch.device(device), world, accumulation, objective("pixeldit"))
+    off = replace(config, train=replace(config.train, cuda_graph=False))
+    graph.check_graph(off, torch.device(device), world, accumulation, objective("pixeldit"))
 
 
 def test_a_teacher_and_dropout_are_refused() -> None:
@@ -141,11 +132,11 @@ def test_a_teacher_and_dropout_are_refused() -> None:
     aligned = objective("pixeldit")
     aligned.alignment = nn.Identity()
     with pytest.raises(cfg.ConfigError, match=r"alignment\.teacher"):
-        graph.is_captured(config, torch.device("cuda"), 1, 1, aligned)
+        graph.check_graph(config, torch.device("cuda"), 1, 1, aligned)
     system, settings, predict = MODELS["jit"]
     model = system.build(system.Settings(**settings, dropout=0.1), IMAGE, CLASSES)
     with pytest.raises(cfg.ConfigError, match="dropout"):
-        graph.is_captured(config, torch.device("cuda"), 1, 1, FlowMatching(model, predict, 1, null_class=CLASSES))
+        graph.check_graph(config, torch.device("cuda"), 1, 1, FlowMatching(model, predict, 1, null_class=CLASSES))
 
 
 def test_capture_records_the_whole_objective(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +148,22 @@ def test_capture_records_the_whole_objective(monkeypatch: pytest.MonkeyPatch) ->
     ((captured, inputs), options), *more = calls
     assert captured is module and not more and options["allow_unused_input"]
     assert [(x.dtype, x.shape) for x in inputs] == [(x.dtype, x.shape) for x in batch(0)]
+
+
+def test_hooks_are_away_while_it_is_captured_and_back_afterwards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch refuses a module with hooks, and DeepSpeed registers some on every module that it trains."""
+    module, ran = objective("pixeldit"), []
+
+    def refuse_hooks(callable: nn.Module, *_: Any, **__: Any) -> None:
+        tables = (callable._backward_hooks, callable._forward_hooks, callable._forward_pre_hooks)
+        assert not any(tables), "Modules must not have hooks registered at the time they are passed."
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", refuse_hooks)
+    module.register_forward_pre_hook(lambda *_: ran.append("before"))
+    module.register_forward_hook(lambda *_: ran.append("after"))
+    graph.capture(module, BATCH, IMAGE, torch.device("cpu"))
+    module(*batch(0))
+    assert ran == ["before", "after"]
 
 
 @pytest.mark.gpu
