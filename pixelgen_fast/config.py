@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from pixelgen_fast.overrides import Override, merge, read_layers
+from pixelgen_fast.overrides import Override, explain, merge, read_layers
 from pixelgen_fast.settings import (
     ConfigError,
     Crop,
@@ -29,12 +30,15 @@ from pixelgen_fast.settings import (
     within,
 )
 
+# what torch's generators take; the noise has their last 64 bits as its key
+SEEDS = (-(2**63), 2**64 - 1)
+
 
 @dataclass
 class Run:
     # where checkpoints, metrics and pictures go; the same folder again resumes
     dir: str = "runs/run"
-    seed: int = 0
+    seed: int = within(*SEEDS, default=0)
     device: Device = "auto"
     # a run folder or checkpoint to resume from instead of run.dir; one that holds nothing is an error
     resume: str | None = None
@@ -46,7 +50,7 @@ class Run:
 class Data:
     # a class-per-folder tree, a tar or folder of tars, a folder written by `pixelgen data pack`, or "digits"
     root: str = "digits"
-    image_size: int = above(0, default=256)
+    image_size: int = above(0, default=256, most=16_384)
     # None: the number of classes that root has
     num_classes: int | None = at_least(1, default=None)
     flip: bool = False
@@ -136,14 +140,23 @@ class Train:
     compile_blocks: bool = False
     # forward and backward of a step as CUDA graphs, on one GPU: for models so small that it waits for the host
     cuda_graph: bool = False
-    # a run stops after this many steps in a row whose loss or gradient is not finite
+    # a step is bad whose loss or gradient is not finite, or whose loss is above this many times its running mean (null:
+    # no range); a run stops after so many of them in a row, and writes no checkpoint meanwhile
+    loss_range: float | None = above(1, default=10.0)
     max_bad_steps: int = above(0, default=10)
+    # instead of stopping, go back to the last good checkpoint this many times, each time with the learning rate
+    # multiplied by return_lr
+    returns: int = at_least(0, default=0)
+    return_lr: float = within(0, 1, open_low=True, default=0.5)
 
 
 @dataclass
 class Save:
     every_images: int = above(0, default=1_280_000)
+    # the newest checkpoints; the newest that is known to be good is kept as well
     keep: int = above(0, default=2)
+    # training waits for the copy to host memory only; false: until it is on disk, for hosts with little memory
+    background: bool = True
 
 
 @dataclass
@@ -157,14 +170,14 @@ class Log:
 class Sampling:
     """How an image is drawn; a command's options replace these settings of a run."""
 
-    steps: int = above(0, default=100)
+    steps: int = above(0, default=100, most=100_000)
     solver: Solver = "adams2"
     guidance: float = 1.0
     # guidance acts where interval[0] < t < interval[1]; None: everywhere
     interval: tuple[float, float] | None = None
     shift: float = above(0, default=1.0)
-    seed: int = 0
-    batch: int = above(0, default=64)
+    seed: int = within(*SEEDS, default=0)
+    batch: int = above(0, default=64, most=1_000_000)
 
 
 @dataclass
@@ -200,18 +213,25 @@ def load(path: str | Path, overrides: Iterable[str], model_schema: Callable[[str
 
 def from_dict(values: dict[str, Any], model_schema: Callable[[str], type]) -> Config:
     """Rebuild a configuration that `to_dict` made, with the same checks."""
-    return from_layers([("saved configuration", OmegaConf.create(values))], model_schema)
+    try:
+        saved = OmegaConf.create(values)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"saved configuration: {explain(error, Config)}") from error
+    return from_layers([("saved configuration", saved)], model_schema)
 
 
 def from_layers(layers: list[tuple[str, Any]], model_schema: Callable[[str], type]) -> Config:
     """Merge (origin, values) layers, later over earlier, into a checked Config."""
     system = None
-    for _, values in layers:
+    for origin, values in layers:
         if isinstance(values, Override):
             if values.key not in ("model", "model.system"):
                 continue
             values = values.values(Config)
-        system = OmegaConf.select(values, "model.system", default=system)
+        try:
+            system = OmegaConf.select(values, "model.system", default=system)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{origin}: model.system: {str(error).splitlines()[0]}") from error
     if system is None:
         raise ConfigError(f"{layers[0][0]}: model.system is missing")
     try:

@@ -28,19 +28,25 @@ class ConfigError(InputError):
 
 @dataclass(frozen=True)
 class Range:
-    """Values from low to high; open ends are left out. None stands for a setting that is off, where its type has it."""
+    """Values from low to high; open ends are left out. None stands for a setting that is off, where its type has it.
+
+    most: beyond it a value is a mistake, and to do what it says would take all memory or time.
+    """
 
     low: float = -math.inf
     high: float = math.inf
     open_low: bool = False
     open_high: bool = False
+    most: float = math.inf
 
     def holds(self, value: float) -> bool:
         above_low = value > self.low if self.open_low else value >= self.low
-        return above_low and (value < self.high if self.open_high else value <= self.high)
+        return above_low and value <= self.most and (value < self.high if self.open_high else value <= self.high)
 
-    def rule(self) -> str:
-        """What a value must be, in words."""
+    def rule(self, value: float) -> str:
+        """What a value must be, in words that fit the one that is not."""
+        if value > self.most:
+            return f"it must be at most {self.most:,}"
         if math.isinf(self.high):
             if self.low == 0 and not self.open_low:
                 return "it must not be negative"
@@ -49,14 +55,14 @@ class Range:
         return f"it lies in {left}{self.low:g}, {self.high:g}{right}"
 
 
-def above(low: float, *, default: Any) -> Any:
+def above(low: float, *, default: Any, most: float = math.inf) -> Any:
     """A setting above a number."""
-    return field(default=default, metadata={"range": Range(low, open_low=True)})
+    return field(default=default, metadata={"range": Range(low, open_low=True, most=most)})
 
 
-def at_least(low: float, *, default: Any) -> Any:
+def at_least(low: float, *, default: Any, most: float = math.inf) -> Any:
     """A setting of a number or more."""
-    return field(default=default, metadata={"range": Range(low)})
+    return field(default=default, metadata={"range": Range(low, most=most)})
 
 
 def within(low: float, high: float, *, default: Any, open_low: bool = False, open_high: bool = False) -> Any:
@@ -82,7 +88,7 @@ def check_ranges(settings: Any, prefix: str = "") -> None:
                 raise ConfigError(f"{key} is {value}; it must be a finite number")
             if wanted is not None and number is not None and not wanted.holds(number):
                 off = ", or null for none" if entry.default is None or "None" in str(entry.type) else ""
-                raise ConfigError(f"{key} is {value}; {wanted.rule()}{off}")
+                raise ConfigError(f"{key} is {value}; {wanted.rule(number)}{off}")
 
 
 def _range(section: type, name: str) -> Range | None:

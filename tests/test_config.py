@@ -191,3 +191,17 @@ def test_dry_run_prints_the_published_sizes(
     assert main(["train", str(CONFIGS / f"{name}.yaml"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert parameters in printed and f"{gflops} forward" in printed and "stage 3" in printed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model.patch_depth=1000000000", "model.patch_depth is 1000000000; it must be at most 1,000"),
+        ("model.hidden_size=1000000000", "model.hidden_size is 1000000000; it must be at most 65,536"),
+        ("data.image_size=1000000000", "data.image_size is 1000000000; it must be at most 16,384"),
+        ("sample.steps=1000000000", "sample.steps is 1000000000; it must be at most 100,000"),
+    ],
+)
+def test_numbers_beyond_reason_are_refused(text: str, message: str) -> None:
+    with pytest.raises(cfg.ConfigError, match=message):
+        cfg.load(DIGITS, [text], model_schema)

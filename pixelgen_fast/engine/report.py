@@ -25,10 +25,13 @@ from pixelgen_fast.runs.draw import Generator, load_weights, strip_prefix
 
 
 class Report:
-    """The reporting of one process; only rank 0 writes. nimg: image at which the run starts or goes on."""
+    """The reporting of one process; only rank 0 writes.
 
-    def __init__(self, parts: Parts, nimg: int) -> None:
-        self.parts = parts
+    nimg: image at which the run starts or goes on. returns: how often it has gone back to a checkpoint by itself.
+    """
+
+    def __init__(self, parts: Parts, nimg: int, returns: int = 0) -> None:
+        self.parts, self.returns = parts, returns
         self.peak = self._describe() if parts.rank == 0 else float("nan")
         self.metrics = Metrics(parts.folder, parts.rank, nimg, parts.total, parts.config)
         self.losses = torch.zeros(2 + len(parts.objective.columns), device=parts.device)
@@ -59,7 +62,7 @@ class Report:
                 "loss": loss,
                 **{f"loss_{name}": mean for name, mean in zip(p.objective.columns, others, strict=True)},
                 "grad_norm": float(p.engine.grad_norm),
-                "lr": learning_rate(p.config.optimizer, nimg - batch, p.total),
+                "lr": learning_rate(p.config.optimizer, nimg - batch, p.total) * p.config.train.return_lr**self.returns,
                 "images_per_second": rate,
                 "model_flops": rate * p.image_flops,
                 "model_flops_share": rate * p.image_flops / (self.peak * p.world) if p.rank == 0 else 0.0,
@@ -68,6 +71,7 @@ class Report:
                 **({"teacher_share": alignment.stopwatch.take() / seconds} if alignment is not None else {}),
                 "skipped_steps": int(p.engine.skipped),
                 "replaced_images": len(loader.replaced),
+                **({"returns": self.returns} if p.config.train.returns else {}),
             }
         )
         return seconds

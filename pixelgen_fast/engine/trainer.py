@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.dino.kept import keep_dino
 from pixelgen_fast.engine.assemble import assemble
 from pixelgen_fast.engine.graph import capture
+from pixelgen_fast.engine.keeper import Keeper
 from pixelgen_fast.engine.report import Interval, Report
 from pixelgen_fast.engine.schedule import learning_rate
 from pixelgen_fast.engine.signals import REQUEUE, StopRequest, any_rank
 from pixelgen_fast.engine.step import training_step
-from pixelgen_fast.engine.watch import SkipWatch
 from pixelgen_fast.runs import checkpoint
 from pixelgen_fast.runs.owner import Owner
 
@@ -51,7 +52,9 @@ class Trainer:
     def __init__(self, config: cfg.Config) -> None:
         self.config, self.parts = config, assemble(config)
         self.engine, self.folder, self.rank = self.parts.engine, self.parts.folder, self.parts.rank
-        self.nimg, self.saved, self.seconds = 0, -1, 0.0
+        self.nimg, self.seconds, self.returns, self.due = 0, 0.0, 0, False
+        say = lambda text: self.report.say(text)  # noqa: E731  (a return to a checkpoint makes another report)
+        self.keeper = Keeper(config, self.engine, self.folder.checkpoints, self.parts.device, say)
         self.owner = Owner(self.folder.root)
         with ExitStack() as on_failure:
             on_failure.callback(self.owner.close)
@@ -60,13 +63,16 @@ class Trainer:
                 capture(self.parts.objective, config.train.micro_batch, config.data.image_size, self.parts.device)
             if self.rank == 0:
                 keep_dino(self.folder.root, self.parts.built)
-            self.report = Report(self.parts, self.nimg)
-            self.order = self.parts.order(self.nimg)
-            self.loader = Loader(self.parts.index, self.order, config.data, self.parts.device)
+            self._begin()
             on_failure.pop_all()
-        self.micro_batches = 0
-        self.watch = SkipWatch(self.parts.device)
         self.signals = StopRequest()
+
+    def _begin(self) -> None:
+        """What counts from the present image on."""
+        self.report = Report(self.parts, self.nimg, self.returns)
+        self.order = self.parts.order(self.nimg)
+        self.loader = Loader(self.parts.index, self.order, self.config.data, self.parts.device)
+        self.micro_batches = 0
 
     def _claim(self) -> None:
         """Become the one run that writes the folder, and go on from what is there. A refused run makes none."""
@@ -80,17 +86,29 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end, or until a signal; returns the exit code. Raises TrainingError where it makes no sense."""
-        c, batch, total = self.config, self.config.train.global_batch, self.parts.total
-        with closing(self.owner), self.signals, self.loader:
+        with closing(self.owner), self.signals, closing(self.keeper):
             errors.begin()
+            while (code := self._train()) is None:
+                self._go_back()
+        return code
+
+    def _train(self) -> int | None:
+        """The loop; None where the run is to go back to its last good checkpoint."""
+        c, batch, total = self.config, self.config.train.global_batch, self.parts.total
+        with self.loader:
             interval = Interval(self.nimg, self.loader)
             while self.nimg < total:
                 self.train_step()
-                stop = self._should_stop()
+                stop, failed, again = self._wishes()
+                if failed and self.returns < c.train.returns:
+                    return None
+                if failed:
+                    raise self._failed()
                 if crossed(self.nimg, batch, c.log.every_images) or self.nimg >= total:
                     self.seconds += self.report.row(self.nimg, interval, self.loader)
                     interval = Interval(self.nimg, self.loader)
-                if stop or crossed(self.nimg, batch, c.save.every_images):
+                self.due = self.due or again or crossed(self.nimg, batch, c.save.every_images)
+                if stop or self.due:
                     with interval.paused():
                         self._save(last=stop)
                 if stop:
@@ -98,60 +116,69 @@ class Trainer:
                 if crossed(self.nimg, batch, c.sample.grid_every_images) and self.nimg < total:
                     with interval.paused():
                         self.report.grid(self.folder.samples(self.nimg), self.nimg)
-            self._save(last=True)
+            if not self._save(last=True):
+                raise self._failed()
             self.report.finish(self.nimg, self.seconds)
         return 0
 
     def train_step(self) -> None:
         """The step on the next images."""
-        batch = self.config.train.global_batch
-        self.engine.set_lr(learning_rate(self.config.optimizer, self.nimg, self.parts.total))
+        batch, train = self.config.train.global_batch, self.config.train
+        rate = learning_rate(self.config.optimizer, self.nimg, self.parts.total)
+        self.engine.set_lr(rate * train.return_lr**self.returns)
         numbers = range(self.micro_batches, self.micro_batches + self.order.accumulation)
         batches = [next(self.loader) for _ in numbers]
         losses = training_step(self.engine, self.parts.objective, batches, [self.order.first(q) for q in numbers])
         self.micro_batches, self.nimg = numbers.stop, self.nimg + batch
         self.report.add(batch, losses)
-        self.watch.push(self.engine.skipped_in_a_row, self.nimg - batch, self.nimg)
+        self.keeper.step(losses, self.nimg - batch, self.nimg)
 
-    def _should_stop(self) -> bool:
-        """Whether all ranks stop here: a signal to any of them, or too many steps in a row that were not finite."""
-        in_a_row = 0
-        for first, last, in_a_row in self.watch.poll():
-            self.report.say(
-                f"step on images {first:,} to {last:,} skipped: loss or gradient is not finite ({in_a_row} in a row)"
-            )
-        wishes = [self.signals.requested, in_a_row >= self.config.train.max_bad_steps]
-        stop, failed = any_rank(wishes, self.engine.host_group)
-        if failed:
-            self.report.close()
-            last = checkpoint.latest_valid(self.folder.checkpoints, self.engine.host_group)
-            raise TrainingError(
-                f"{self.config.train.max_bad_steps} steps in a row had a loss or gradient that is not finite, the last "
-                f"at image {self.nimg:,}; the last good checkpoint is {last or 'none'}. Resume from it with a smaller "
-                "optimizer.lr, a smaller optimizer.clip or train.precision=fp32"
-            )
-        return stop
+    def _wishes(self) -> list[bool]:
+        """Of any rank: to stop here, to give up after too many bad steps in a row, to try a checkpoint again."""
+        wishes = [self.signals.requested, self.keeper.failing, self.keeper.retrying]
+        return any_rank(wishes, self.engine.host_group)
 
-    def _save(self, last: bool) -> None:
-        """Write a checkpoint. One that cannot be written costs nothing yet: the run goes on, unless it ends here."""
-        if self.saved == self.nimg:
-            return
+    def _failed(self) -> TrainingError:
+        """What ends a run whose steps are bad."""
+        good, limit = self.keeper.retreat(), self.config.train.loss_range
+        self.report.close()
+        far = "" if limit is None else f", or far above the mean of the loss (train.loss_range={limit:g})"
+        return TrainingError(
+            f"{self.keeper.health.bad_in_a_row} steps in a row had a loss or gradient that is not finite{far}, the "
+            f"last at image {self.nimg:,}; the last good checkpoint is {good or 'none'}. Resume from it with a "
+            "smaller optimizer.lr, a smaller optimizer.clip or train.precision=fp32"
+        )
+
+    def _go_back(self) -> None:
+        """Return to the last good checkpoint, to go on from there with a lower learning rate."""
+        failed = self.nimg
+        path = self.keeper.retreat()
+        if path is None:
+            raise self._failed()
+        state = checkpoint.load(path, self.engine)
+        self.nimg, self.seconds, self.due = state["nimg"], state["seconds"], False
+        self.keeper.resume(self.nimg, state.get("health"))
+        self.returns += 1
+        self.report.close()
+        self._begin()
+        self.report.say(
+            f"bad steps up to image {failed:,}: returned to {path}, return {self.returns} of "
+            f"{self.config.train.returns}; the learning rate is {self.config.train.return_lr**self.returns:g} times "
+            "what optimizer says"
+        )
+
+    def _save(self, last: bool) -> bool:
+        """Write a checkpoint; returns whether there is one now or soon. None is written while steps are bad."""
         state = {
             "config": cfg.to_dict(self.config),
             "classes": self.parts.classes,
             "data": self._data(),
             "seconds": self.seconds,
+            "returns": self.returns,
         }
-        try:
-            checkpoint.save(
-                self.folder.checkpoints, self.engine, nimg=self.nimg, state=state, keep=self.config.save.keep
-            )
-        except checkpoint.CheckpointError as error:
-            if last:
-                raise
-            self.report.say(f"no checkpoint at image {self.nimg:,}, the run goes on and tries again later: {error}")
-            return
-        self.saved = self.nimg
+        taken = self.keeper.save(self.nimg, state, last)
+        self.due = not taken
+        return taken
 
     def _data(self) -> dict[str, Any]:
         """What a checkpoint keeps of the data, to be compared on resuming."""
@@ -172,10 +199,10 @@ class Trainer:
                     "to begin anew"
                 )
             return
-        state = checkpoint.read_state(path)
+        state = checkpoint.read_state(path, checkpoint.RUN)
         changed = differences(state["config"], cfg.to_dict(self.config))
         fixed = [key for key in changed if key.startswith("model.") or key in FIXED]
-        if {*state["config"]["optimizer"]["ema"]} != {*self.config.optimizer.ema}:
+        if averages(state["config"], path) != {*self.config.optimizer.ema}:
             fixed.append("optimizer.ema")
         if fixed or state["classes"] != self.parts.classes:
             what = ", ".join(f"{key} ({changed[key]})" for key in fixed) or f"classes of {self.config.data.root}"
@@ -183,8 +210,11 @@ class Trainer:
                 f"{path} was trained with other settings: {what}; choose another run.dir, or change them back"
             )
         checkpoint.load(path, self.engine)
-        self.nimg = self.saved = state["nimg"]
-        self.seconds = state["seconds"]
+        self.nimg, self.seconds = state["nimg"], state["seconds"]
+        self.returns = state.get("returns", 0)
+        # the losses of another objective or other data have another range
+        other = any(key.startswith(("objective.", "alignment.", "data.")) for key in changed)
+        self.keeper.resume(self.nimg, None if other else state.get("health"))
         if self.rank == 0:
             print(
                 f"resumed {path}: image {self.nimg:,} of {self.parts.total:,}, weights, optimizer moments and averages "
@@ -217,8 +247,11 @@ class Trainer:
 
     def _stopped(self) -> int:
         self.report.close()
+        saved = "saved; the same command goes on from here"
+        if self.keeper.saved != self.nimg:
+            saved = "not saved, for its last steps were bad; the same command goes on from its last checkpoint"
         if self.rank == 0:
-            print(f"stopped by a signal at image {self.nimg:,}, saved; the same command goes on from here")
+            print(f"stopped by a signal at image {self.nimg:,}, {saved}")
         return REQUEUE
 
 
@@ -227,13 +260,23 @@ def crossed(nimg: int, batch: int, interval: int) -> bool:
     return interval > 0 and nimg // interval > (nimg - batch) // interval
 
 
-def data_change(old: dict[str, Any] | None, new: dict[str, Any]) -> str:
+def data_change(old: Any, new: dict[str, Any]) -> str:
     """What to say of data that are not those of the checkpoint; nothing where they are, or where it does not tell."""
-    if not old or old == new:
+    if not isinstance(old, dict) or not isinstance(old.get("images"), int) or old == new:
         return ""
     counts = f"{old['images']:,} images -> {new['images']:,}"
     what = counts if old["images"] != new["images"] else f"{new['images']:,} images as before, with others among them"
     return f"the data have changed: {what}; image numbers mean other images than before"
+
+
+def averages(config: dict[str, Any], path: Path) -> set[float]:
+    """The averages that a checkpoint's configuration names. Raises CheckpointError where it names none."""
+    try:
+        return {float(decay) for decay in config["optimizer"]["ema"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(
+            f"checkpoint {path} cannot be used: its config has no optimizer.ema"
+        ) from error
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> dict[str, str]:

@@ -23,6 +23,7 @@ from pixelgen_fast.layers import PatchEmbed, TimestepEmbedder, rope_2d, small_, 
 from pixelgen_fast.models import system
 from pixelgen_fast.models.blocks import TransformerBlock
 from pixelgen_fast.models.pixeldit import PatchTransformer
+from pixelgen_fast.models.system import depth_setting, width_setting
 
 FREQUENCIES = 8
 EPS = 1e-6
@@ -35,10 +36,10 @@ class Settings(system.Settings):
     system: str = "deco"
     hidden_size: int = 1152
     num_heads: int = 16
-    patch_depth: int = 28
+    patch_depth: int = depth_setting(28)
     patch_size: int = 16
-    decoder_width: int = 32
-    decoder_depth: int = 3
+    decoder_width: int = width_setting(32)
+    decoder_depth: int = depth_setting(3)
 
 
 def cosines_2d(size: int, count: int = FREQUENCIES) -> Tensor:

@@ -24,6 +24,7 @@ from pixelgen_fast.dino.noisy import NoisyDino
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.layers import patchify, unpatchify
 from pixelgen_fast.models import pixeldit
+from pixelgen_fast.models.system import width_setting
 
 KEYS = ("model.dino", "model.weights")
 
@@ -43,7 +44,7 @@ class Settings(pixeldit.Settings):
     # It is read when a run begins, which keeps a copy, and so does an export
     weights: str | None = None
     tuning: Literal["full", "lora", "frozen"] = "full"
-    lora_rank: int = 16
+    lora_rank: int = width_setting(16)
     # how the DINO learns t: a prefix token, or not at all, when it starts as exactly the teacher
     time_token: Literal["token", "masked"] = "token"
 

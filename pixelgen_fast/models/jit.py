@@ -31,7 +31,8 @@ from pixelgen_fast.layers import (
 )
 from pixelgen_fast.models import system
 from pixelgen_fast.models.blocks import TokenStream, TransformerBlock
-from pixelgen_fast.models.system import System
+from pixelgen_fast.models.system import System, depth_setting, width_setting
+from pixelgen_fast.settings import at_least, within
 
 
 @dataclass
@@ -41,15 +42,15 @@ class Settings(system.Settings):
     system: str = "jit"
     hidden_size: int = 768
     num_heads: int = 12
-    depth: int = 12
+    depth: int = depth_setting(12)
     patch_size: int = 16
     # width that a patch is squeezed to on its way in
-    bottleneck: int = 128
+    bottleneck: int = width_setting(128)
     # class tokens in front of the patches, and the block, counted from 0, that sees them first
-    context_length: int = 32
-    context_start: int = 4
+    context_length: int = at_least(0, default=32, most=65_536)
+    context_start: int = depth_setting(4, least=0)
     # of attention and feed-forward layers in the middle half of the blocks
-    dropout: float = 0.0
+    dropout: float = within(0, 1, open_high=True, default=0.0)
 
 
 class BottleneckEmbed(nn.Module):

@@ -39,7 +39,8 @@ from pixelgen_fast.layers import (
 )
 from pixelgen_fast.models import system
 from pixelgen_fast.models.blocks import TokenStream, TransformerBlock
-from pixelgen_fast.models.system import System
+from pixelgen_fast.models.system import System, depth_setting, width_setting
+from pixelgen_fast.settings import above
 
 
 @dataclass
@@ -49,11 +50,11 @@ class Settings(system.Settings):
     system: str = "pixeldit"
     hidden_size: int = 1152
     num_heads: int = 16
-    patch_depth: int = 26
+    patch_depth: int = depth_setting(26, least=0)
     patch_size: int = 16
-    pixel_hidden_size: int = 16
-    pixel_depth: int = 4
-    pixel_mlp_ratio: int = 4
+    pixel_hidden_size: int = width_setting(16)
+    pixel_depth: int = depth_setting(4)
+    pixel_mlp_ratio: int = above(0, default=4, most=64)
     # four modulations, on the outputs of the branches, instead of six with gates: stable, no identity at the start
     post_modulation: bool = False
     gelu_tanh: bool = False

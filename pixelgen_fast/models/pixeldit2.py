@@ -29,7 +29,8 @@ from pixelgen_fast.errors import InputError
 from pixelgen_fast.layers import PatchEmbed, RMSNorm, TimestepEmbedder, rope_2d, small_, unpatchify, xavier_, zero_
 from pixelgen_fast.models import system
 from pixelgen_fast.models.blocks import TokenStream, TransformerBlock
-from pixelgen_fast.models.system import System
+from pixelgen_fast.models.system import System, depth_setting
+from pixelgen_fast.settings import at_least, within
 
 KEYS = ("model.dino", "model.weights")
 MAX_PERIOD = 10.0
@@ -44,15 +45,15 @@ class Settings(system.Settings):
     system: str = "pixeldit2"
     hidden_size: int = 1280
     num_heads: int = 16
-    depth: int = 32
+    depth: int = depth_setting(32)
     patch_size: int = 16
     # class tokens in front of the patches, and the block, counted from 0, that sees them first
-    context_length: int = 32
-    context_start: int = 8
+    context_length: int = at_least(0, default=32, most=65_536)
+    context_start: int = depth_setting(8, least=0)
     # of attention and feed-forward layers in the middle half of the blocks
-    dropout: float = 0.2
+    dropout: float = within(0, 1, open_high=True, default=0.2)
     # how often training hides the DINO from an image
-    grounding_drop: float = 0.1
+    grounding_drop: float = within(0, 1, default=0.1)
     # a DINOv2 or DINOv3 of timm; it is never trained. A run keeps a copy beside its checkpoints, and so does an export
     dino: str = "vit_small_patch16_dinov3_qkvb.lvd1689m"
     # a file in timm's or Meta's names, a folder that holds a teacher, or "random"; null: from the hub

@@ -11,14 +11,24 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from pixelgen_fast.diffusion.path import Noising
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.layers import Float32Tables
-from pixelgen_fast.settings import above
+from pixelgen_fast.settings import above, at_least
+
+
+def width_setting(default: int) -> Any:
+    """A setting that counts channels, heads, tokens or pixels a side."""
+    return above(0, default=default, most=65_536)
+
+
+def depth_setting(default: int, least: int = 1) -> Any:
+    """A setting that counts or numbers blocks."""
+    return at_least(least, default=default, most=1000)
 
 
 @dataclass
@@ -29,9 +39,9 @@ class Settings:
     builds_on_dino: ClassVar[bool] = False
 
     system: str = ""
-    hidden_size: int = above(0, default=0)
-    num_heads: int = above(0, default=1)
-    patch_size: int = above(0, default=16)
+    hidden_size: int = width_setting(0)
+    num_heads: int = width_setting(1)
+    patch_size: int = width_setting(16)
 
 
 class System(Float32Tables, ABC):

@@ -4,10 +4,12 @@
         rank00000-000.safetensors ...          tensors `<kind>/<parameter>`, kind = master, exp_avg, exp_avg_sq,
                                                ema_<decay>; and `buffer/<name>`. Rank i mod W writes parameter i
         state.json                             format, nimg, optimizer counters, versions, and what the trainer gives
-        manifest.json                          size and CRC-32 of every other file; written last
+        manifest.json                          size and CRC-32 of every file and of itself; written last
+    <run>/checkpoints/suspect-000000012864/    one taken when the run was no longer sound; never resumed from
 
 A checkpoint is assembled under a temporary name, synced to disk and renamed, so a crash at any moment leaves the
-earlier ones as they were. CRC-32 (zlib, some 3 GB/s a core) finds truncation and flipped bits, not tampering.
+earlier ones as they were. `describe` takes what is to be written while training waits, `write` puts it on disk, at once
+(`save`) or behind the training (saver.py).
 
 This file does not import DeepSpeed: sampling and export read checkpoints without it.
 """
@@ -16,36 +18,39 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
-import zlib
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pixelgen_fast.errors import UserError
 from pixelgen_fast.runs.folder import CHECKPOINTS
+from pixelgen_fast.runs.manifest import FORMAT, MANIFEST, Files, damage, seal, sync, write_manifest
+from pixelgen_fast.runs.plain import check_types, read_object
+from pixelgen_fast.runs.ranks import Team, everyone
+from pixelgen_fast.runs.shards import BUFFER, CheckpointError, open_shards, read_weights, shape_of, write_shards
 
-FORMAT = 1
-STATE, MANIFEST = "state.json", "manifest.json"
-MASTER, BUFFER = "master", "buffer"
-_TEMPORARY = "tmp-"
+__all__ = [
+    "CheckpointError", "DiskSpaceError", "Engine", "checkpoints", "damage", "describe", "ema_key", "find",
+    "latest_valid", "load", "read_state", "read_weights", "save", "set_aside", "write",
+]  # fmt: skip
+
+STATE = "state.json"
+# what a run's state has beside the checkpoint's own; see Trainer
+RUN = {"config": dict, "classes": list, "seconds": float}
+_OWN = {"format": int, "nimg": int, "optimizer": dict, "stage": int, "world": int}
+_TEMPORARY, _SUSPECT = "tmp-", "suspect-"
 _SHARD_BYTES = 2**30
 _SLACK_BYTES = 2**20
 
 log = logging.getLogger(__name__)
-
-
-class CheckpointError(UserError, RuntimeError):
-    """A checkpoint could not be written, found or read; nothing that was on disk before has changed."""
 
 
 class DiskSpaceError(CheckpointError):
@@ -60,7 +65,10 @@ class DiskSpaceError(CheckpointError):
 
 
 class Engine(Protocol):
-    """What is saved and restored: `pixelgen_fast.engine.zero.ZeroEngine`, or anything that offers the same."""
+    """What is saved and restored: `pixelgen_fast.engine.zero.ZeroEngine`, or anything that offers the same.
+
+    `gather` gives tensors that later steps do not change.
+    """
 
     rank: int
     world: int
@@ -78,31 +86,62 @@ class Engine(Protocol):
     def load_scalars(self, scalars: dict[str, int]) -> None: ...
 
 
-def save(folder: Path | str, engine: Engine, *, nimg: int, state: dict[str, Any], keep: int) -> Path:
-    """Write the checkpoint of image `nimg` into `folder`, then delete all but the newest `keep`. All ranks must call.
+@dataclass(frozen=True)
+class Content:
+    """A checkpoint to be written. shards: of this rank; text: of state.json; needed: bytes of all of it.
+
+    Then all but the newest `keep` checkpoints and those of the images `good` are deleted.
+    """
+
+    folder: Path
+    nimg: int
+    text: str
+    needed: int
+    shards: Iterable[dict[str, Tensor]]
+    keep: int
+    good: frozenset[int]
+
+
+def describe(
+    folder: Path | str, engine: Engine, *, nimg: int, state: dict[str, Any], keep: int, good: Collection[int] = ()
+) -> Content:
+    """The checkpoint of image `nimg`, its shards gathered as they are asked for. All ranks must call and take them.
 
     state: JSON types only, the same on every rank; stored beside `format`, `nimg`, `optimizer` (its counters), `stage`,
-    `world` and `versions`.
-    A valid checkpoint of the same nimg is left as it is; a damaged one is replaced. Returns the path. Raises
-    DiskSpaceError before anything is written, CheckpointError for a failed write (what was written of it is
-    removed), on every rank alike; ValueError for keep < 1; TypeError for a state that is not plain.
+    `world` and `versions`. Raises ValueError for keep < 1; TypeError for a state that is not plain.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1 checkpoint, got {keep}")
-    folder = Path(folder)
-    final, temporary = folder / f"{nimg:012d}", folder / f"{_TEMPORARY}{nimg:012d}"
     own = {"format": FORMAT, "nimg": nimg, "optimizer": engine.scalars(), "stage": engine.stage, "world": engine.world}
     own["versions"] = {name: metadata.version(name) for name in ("torch", "deepspeed", "safetensors")}
     text = json.dumps({**state, **own}, indent=1)
+    return Content(Path(folder), nimg, text, _bytes_needed(engine), _shards(engine), keep, frozenset(good))
 
-    if not _on_rank_zero(engine, lambda: _prepare(final, temporary, _bytes_needed(engine))):
+
+def write(content: Content, team: Team) -> Path:
+    """Write a checkpoint, then delete older ones; returns its path. All ranks must call.
+
+    A valid checkpoint of the same nimg is left as it is; a damaged one is replaced. Raises DiskSpaceError before
+    anything is written, CheckpointError for a failed write (what was written of it is removed), on every rank alike.
+    """
+    final = content.folder / f"{content.nimg:012d}"
+    temporary = content.folder / f"{_TEMPORARY}{final.name}"
+    if not team.on_rank_zero(lambda: _prepare(final, temporary, content.needed)):
         return final
-    outcomes = _all_gather(engine, _write_shards(temporary, engine))
+    outcomes = team.all_gather(write_shards(temporary, team.rank, content.shards))
     files = {name: entry for written, _ in outcomes for name, entry in written.items()}
     errors = [error for _, error in outcomes if error]
-    _on_rank_zero(engine, lambda: _finish(final, temporary, text, files, errors))
-    _on_rank_zero(engine, lambda: _prune(folder, final, keep))
+    team.on_rank_zero(lambda: _finish(final, temporary, content.text, files, errors))
+    team.on_rank_zero(lambda: _prune(final, content.keep, content.good))
     return final
+
+
+def save(
+    folder: Path | str, engine: Engine, *, nimg: int, state: dict[str, Any], keep: int, good: Collection[int] = ()
+) -> Path:
+    """`describe` and `write` in one, holding no more than a shard in memory."""
+    content = describe(folder, engine, nimg=nimg, state=state, keep=keep, good=good)
+    return write(content, Team(engine.rank, engine.world, engine.host_group))
 
 
 def checkpoints(folder: Path | str) -> list[Path]:
@@ -112,71 +151,73 @@ def checkpoints(folder: Path | str) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name), reverse=True)
 
 
-def damage(path: Path | str, rank: int = 0, world: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, by its manifest; empty if nothing. Ranks of a world share the files out."""
-    path = Path(path)
-    try:
-        files = sorted(json.loads((path / MANIFEST).read_text())["files"].items())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return [f"{MANIFEST} cannot be read ({error!r})"]
-    return [problem for name, entry in files[rank::world] if (problem := _damage(path / name, entry))]
-
-
-def _damage(file: Path, entry: Any) -> str:
-    """What is wrong with a file by its entry in the manifest. What cannot be read is damaged, not the end of a run."""
-    name = file.name
-    try:
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != entry["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes instead of {entry['bytes']}"
-        if _crc32(file) != entry["crc32"]:
-            return f"{name} has another checksum than when it was written"
-    except (OSError, KeyError, TypeError) as error:
-        return f"{name} cannot be checked ({error!r})"
-    return ""
+def set_aside(folder: Path | str, good: int | None) -> list[Path]:
+    """Rename the checkpoints that are newer than the good one, or all where there is none; returns their new paths."""
+    newer = [path for path in checkpoints(folder) if good is None or int(path.name) > good]
+    moved = [path.with_name(f"{_SUSPECT}{path.name}") for path in newer]
+    for path, aside in zip(newer, moved, strict=True):
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        path.rename(aside)
+    return moved
 
 
 def latest_valid(folder: Path | str, group: dist.ProcessGroup | None = None) -> Path | None:
-    """The newest whole checkpoint in a folder, or None. All ranks must call it and get the same answer.
+    """The newest whole checkpoint in a run's own folder, or None. All ranks must call it and get the same answer.
 
-    Damaged ones are named in a warning and passed over; what a crash left unfinished is removed. group: a process
-    group for host objects (`ZeroEngine.host_group`), None for the default one.
+    Damaged ones are named in a warning and passed over; what a crash left unfinished is removed, so nobody may be
+    writing there. group: for host objects (`ZeroEngine.host_group`), None for the default one.
     """
-    team = _Team(group)
-    for path in _on_rank_zero(team, lambda: _tidy(Path(folder))):
-        found = [problem for part in _all_gather(team, damage(path, team.rank, team.world)) for problem in part]
+    everyone(group).on_rank_zero(lambda: _tidy(Path(folder)))
+    return _newest_whole(Path(folder), everyone(group))
+
+
+def _newest_whole(folder: Path, team: Team) -> Path | None:
+    for path in team.on_rank_zero(lambda: checkpoints(folder)):
+        found = _all_damage(path, team)
         if not found:
             return path
         if team.rank == 0:
-            log.warning("checkpoint %s is damaged and not used: %s", path, "; ".join(dict.fromkeys(found)))
+            log.warning("checkpoint %s is damaged and not used: %s", path, "; ".join(found))
     return None
+
+
+def _all_damage(path: Path, team: Team) -> list[str]:
+    found = team.all_gather(damage(path, team.rank, team.world))
+    return list(dict.fromkeys(problem for part in found for problem in part))
 
 
 def find(path: Path | str, group: dist.ProcessGroup | None = None) -> Path:
     """The checkpoint a user means: a checkpoint itself, a checkpoints folder, or a run that has one (then the newest).
 
-    All ranks must call it. Raises CheckpointError if there is none, or the one named is damaged.
+    All ranks must call it; nothing is changed there. Raises CheckpointError if there is none, or the one named is
+    damaged.
     """
-    path = Path(path)
+    path, team = Path(path), everyone(group)
     if (path / STATE).is_file() or (path / MANIFEST).is_file():
-        team = _Team(group)
-        found = [problem for part in _all_gather(team, damage(path, team.rank, team.world)) for problem in part]
-        if found:
-            raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(dict.fromkeys(found))}")
+        if found := _all_damage(path, team):
+            raise CheckpointError(f"checkpoint {path} is damaged: {'; '.join(found)}")
         return path
     inner = path / CHECKPOINTS
-    latest = latest_valid(inner if inner.is_dir() else path, group)
+    latest = _newest_whole(inner if inner.is_dir() else path, team)
     if latest is None:
         raise CheckpointError(f"{path} holds no valid checkpoint; give a run folder, or one of its checkpoints")
     return latest
 
 
-def read_state(path: Path | str) -> dict[str, Any]:
-    """state.json of a checkpoint. Raises CheckpointError for a format this version does not know."""
-    state = json.loads((Path(path) / STATE).read_text())
-    if state["format"] != FORMAT:
-        raise CheckpointError(f"checkpoint {path} has format {state['format']}, and this version reads {FORMAT}")
+def read_state(path: Path | str, kinds: dict[str, type] | None = None) -> dict[str, Any]:
+    """state.json of a checkpoint. kinds: what it must have beside its own, such as RUN.
+
+    Raises CheckpointError for a format this version does not know, and for what is missing or of another type.
+    """
+    try:
+        state = read_object(Path(path) / STATE)
+        if state.get("format") != FORMAT:
+            raise ValueError(f"it has format {state.get('format')}, and this version reads {FORMAT}")
+        check_types(state, _OWN | (kinds or {}))
+        check_types(state["optimizer"], dict.fromkeys(state["optimizer"], int))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be used: {STATE}: {error}") from error
     return state
 
 
@@ -184,31 +225,18 @@ def load(path: Path | str, engine: Engine) -> dict[str, Any]:
     """Restore an engine of any world size and stage, in place; returns the checkpoint's state.
 
     Every rank reads all of it, one parameter at a time. Raises CheckpointError, before anything is changed, that lists
-    every parameter, kind or buffer that is missing, too many, or of another shape.
+    every parameter, kind, buffer or counter that is missing, too many, or of another shape.
     """
     path, state = Path(path), read_state(path)
     with ExitStack() as stack:
-        index = _open(path, stack)
-        buffers = index.pop(BUFFER, {})
-        stored = {(kind, name): f for kind, files in index.items() for name, f in files.items()}
-        wanted = {(kind, name) for name in engine.names() for kind in engine.kinds(name)}
-        shapes = {key: tuple(stored[key].get_slice("/".join(key)).get_shape()) for key in wanted & stored.keys()}
-        _require_same(
-            path,
-            missing=[f"{kind} of {name}" for kind, name in wanted - stored.keys()],
-            extra=[f"{kind} of {name}" for kind, name in stored.keys() - wanted],
-            misshapen=[
-                f"{kind} of {name} is {list(shape)} instead of {list(engine.shapes[name])}"
-                for (kind, name), shape in shapes.items()
-                if shape != tuple(engine.shapes[name])
-            ],
-        )
-        own = engine.buffers().keys()
-        _require_same(path, missing=[*own - buffers.keys()], extra=[*buffers.keys() - own], misshapen=[])
+        stored = open_shards(path, stack)
+        _require_fit(path, stored, engine)
+        _require_same(path, "counter", {*state["optimizer"]}, {*engine.scalars()})
         for name in engine.names():
-            keys = {kind: f"{kind}/{name}" for kind in engine.kinds(name)}
-            engine.restore(name, {kind: stored[kind, name].get_tensor(key) for kind, key in keys.items()})
-        engine.restore_buffers({name: f.get_tensor(f"{BUFFER}/{name}") for name, f in buffers.items()})
+            kinds = engine.kinds(name)
+            engine.restore(name, {kind: stored[kind, name].get_tensor(f"{kind}/{name}") for kind in kinds})
+        names = [name for kind, name in stored if kind == BUFFER]
+        engine.restore_buffers({name: stored[BUFFER, name].get_tensor(f"{BUFFER}/{name}") for name in names})
     engine.load_scalars(state["optimizer"])
     return state
 
@@ -218,71 +246,22 @@ def ema_key(decay: float) -> str:
     return f"ema_{float(decay)!r}"
 
 
-def read_weights(path: Path | str, kind: str) -> dict[str, Tensor]:
-    """Full fp32 CPU weights and buffers of a checkpoint, without an engine.
-
-    kind: "raw" (what was trained), or "ema_<decay>" of an average that was kept. A parameter that
-    was trained but not averaged is given raw. Raises CheckpointError if the checkpoint has no such average.
-    """
-    path = Path(path)
-    with ExitStack() as stack:
-        index = _open(path, stack)
-        averages = sorted((k for k in index if k.startswith("ema_")), key=lambda k: float(k.removeprefix("ema_")))
-        if kind != "raw" and kind not in averages:
-            raise CheckpointError(f"checkpoint {path} has no weights {kind!r}; it has {['raw', *averages]}")
-        files = {name: (MASTER, f) for name, f in index[MASTER].items()}
-        if kind != "raw":
-            files |= {name: (kind, f) for name, f in index[kind].items()}
-        files |= {name: (BUFFER, f) for name, f in index.get(BUFFER, {}).items()}
-        return {name: f.get_tensor(f"{key}/{name}") for name, (key, f) in files.items()}
-
-
-class _Team:
-    """The processes that answer together, where there is no engine to say so."""
-
-    def __init__(self, group: dist.ProcessGroup | None) -> None:
-        together = dist.is_available() and dist.is_initialized()
-        self.host_group = group
-        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if together else (0, 1)
-
-
-def _on_rank_zero(team: Engine | _Team, function: Callable[[], Any]) -> Any:
-    """function() as rank 0 finds it, on every rank; its failure likewise."""
-    outcome: Any = None
-    if team.rank == 0:
-        try:
-            outcome = function()
-        except CheckpointError as error:
-            outcome = error
-        except OSError as error:
-            outcome = CheckpointError(f"checkpoint failed: {error}")
-    if team.world > 1:
-        box = [outcome]
-        dist.broadcast_object_list(box, src=0, group=team.host_group)
-        outcome = box[0]
-    if isinstance(outcome, CheckpointError):
-        raise outcome
-    return outcome
-
-
-def _all_gather(team: Engine | _Team, value: Any) -> list[Any]:
-    if team.world == 1:
-        return [value]
-    everyone: list[Any] = [None] * team.world
-    dist.all_gather_object(everyone, value, group=team.host_group)
-    return everyone
+def _shards(engine: Engine) -> Iterator[dict[str, Tensor]]:
+    """This rank's part of a checkpoint, cut into files. All ranks gather every parameter."""
+    # of a CPU the tensors themselves come, which the next step changes
+    pending = {f"{BUFFER}/{name}": b.clone() for name, b in engine.buffers().items()} if engine.rank == 0 else {}
+    for number, name in enumerate(engine.names()):
+        tensors = engine.gather(name, to=number % engine.world)
+        pending |= {f"{kind}/{name}": tensor for kind, tensor in tensors.items()}
+        if sum(t.nbytes for t in pending.values()) >= _SHARD_BYTES:
+            yield pending
+            pending = {}
+    yield pending
 
 
 def _bytes_needed(engine: Engine) -> int:
-    values = sum(_numel(engine.shapes[name]) * len(engine.kinds(name)) for name in engine.names())
+    values = sum(math.prod(engine.shapes[name]) * len(engine.kinds(name)) for name in engine.names())
     return 4 * values + sum(b.nbytes for b in engine.buffers().values()) + _SLACK_BYTES
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _prepare(final: Path, temporary: Path, needed: int) -> bool:
@@ -298,100 +277,55 @@ def _prepare(final: Path, temporary: Path, needed: int) -> bool:
     return True
 
 
-def _tidy(folder: Path) -> list[Path]:
-    """Remove what crashes left unfinished; return the checkpoints, newest first."""
+def _tidy(folder: Path) -> None:
+    """Remove what crashes left unfinished."""
     for leftover in folder.glob(f"{_TEMPORARY}*") if folder.is_dir() else ():
         shutil.rmtree(leftover)
-    return checkpoints(folder)
 
 
-def _write_shards(temporary: Path, engine: Engine) -> tuple[dict[str, dict[str, int]], str | None]:
-    """Write this rank's parameters: ({file: manifest entry}, error). A rank that fails still gathers with the rest."""
-    written: dict[str, dict[str, int]] = {}
-    error: str | None = None
-    pending = {f"{BUFFER}/{name}": b for name, b in engine.buffers().items()} if engine.rank == 0 else {}
-    names = engine.names()
-    for number, name in enumerate(names):
-        owner = number % engine.world
-        tensors = engine.gather(name, to=owner)
-        if error:
-            continue
-        pending |= {f"{kind}/{name}": tensor for kind, tensor in tensors.items()}
-        full = number == len(names) - 1 or sum(t.nbytes for t in pending.values()) >= _SHARD_BYTES
-        if pending and full:
-            file = temporary / f"rank{engine.rank:05d}-{len(written):03d}.safetensors"
-            try:
-                save_file(pending, file)
-                written[file.name] = _sealed(file)
-            except (OSError, SafetensorError) as failure:
-                error = f"rank {engine.rank} could not write {file.name}: {failure}"
-            pending = {}
-    return written, error
-
-
-def _finish(final: Path, temporary: Path, text: str, files: dict[str, dict[str, int]], errors: list[str]) -> None:
+def _finish(final: Path, temporary: Path, text: str, files: Files, errors: list[str]) -> None:
     try:
         if errors:
             raise CheckpointError(f"checkpoint {final.name} was not written and has been removed: {'; '.join(errors)}")
         (temporary / STATE).write_text(text)
-        files = {**files, STATE: _sealed(temporary / STATE)}
-        (temporary / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
-        _sync(temporary / MANIFEST)
-        _sync(temporary)
+        write_manifest(temporary, {**files, STATE: seal(temporary / STATE)})
         if final.is_dir():
             shutil.rmtree(final)
         os.rename(temporary, final)
-        _sync(final.parent)
+        sync(final.parent)
     except (OSError, CheckpointError):
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _prune(folder: Path, newest: Path, keep: int) -> None:
+def _prune(newest: Path, keep: int, good: Collection[int]) -> None:
     """Delete checkpoints older than the newest, which was just written and is whole, down to `keep` with it."""
-    older = [p for p in checkpoints(folder) if int(p.name) < int(newest.name)]
+    older = [p for p in checkpoints(newest.parent) if int(p.name) < int(newest.name)]
     for path in older[keep - 1 :]:
+        if int(path.name) in good:
+            continue
         try:
             shutil.rmtree(path)
         except OSError as error:
             log.warning("old checkpoint %s could not be deleted: %s", path, error)
 
 
-def _open(path: Path, stack: ExitStack) -> dict[str, dict[str, Any]]:
-    """{kind: {name: open file}} of every tensor in a checkpoint."""
-    index: dict[str, dict[str, Any]] = defaultdict(dict)
-    for file in sorted(path.glob("*.safetensors")):
-        opened = stack.enter_context(safe_open(file, framework="pt"))
-        for key in opened.keys():  # noqa: SIM118  (a safetensors file is not a dict)
-            kind, name = key.split("/", 1)
-            index[kind][name] = opened
-    return index
+def _require_fit(path: Path, stored: dict[tuple[str, str], Any], engine: Engine) -> None:
+    """Raise CheckpointError unless a checkpoint has what the engine has, in the same shapes."""
+    own = {(kind, name): tuple(engine.shapes[name]) for name in engine.names() for kind in engine.kinds(name)}
+    own |= {(BUFFER, name): tuple(b.shape) for name, b in engine.buffers().items()}
+    shapes = {key: shape_of(stored[key], *key) for key in own.keys() & stored.keys()}
+    misshapen = [
+        f"{kind} of {name} is {list(shape)} instead of {list(own[kind, name])}"
+        for (kind, name), shape in shapes.items()
+        if shape != own[kind, name]
+    ]
+    there, wanted = ({f"{kind} of {name}" for kind, name in keys} for keys in (stored, own))
+    _require_same(path, "model", there, wanted, misshapen)
 
 
-def _require_same(path: Path, *, missing: list[str], extra: list[str], misshapen: list[str]) -> None:
-    lists = {"missing": missing, "not in the model": extra, "of another shape": misshapen}
-    told = [f"{what}: {', '.join(sorted(items))}" for what, items in lists.items() if items]
+def _require_same(path: Path, what: str, there: set[str], wanted: set[str], misshapen: Collection[str] = ()) -> None:
+    lists = {"missing": wanted - there, f"not in the {what}": there - wanted, "of another shape": misshapen}
+    told = [f"{title}: {', '.join(sorted(items))}" for title, items in lists.items() if items]
     if told:
-        raise CheckpointError(f"checkpoint {path} does not fit the model; {'; '.join(told)}")
-
-
-def _sealed(file: Path) -> dict[str, int]:
-    """Bring a file to disk and describe it for the manifest."""
-    _sync(file)
-    return {"bytes": file.stat().st_size, "crc32": _crc32(file)}
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _crc32(file: Path) -> int:
-    checksum = 0
-    with file.open("rb") as stream:
-        while block := stream.read(2**22):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+        raise CheckpointError(f"checkpoint {path} does not fit the {what}; {'; '.join(told)}")

@@ -19,9 +19,9 @@ import torch
 from PIL import Image
 from support.golden import relative
 from support.runs import DIGITS, newest, train
+from support.spoiled import Spoiled
 
 from pixelgen_fast.cli import main
-from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.engine.signals import REQUEUE
 from pixelgen_fast.runs import draw
 from pixelgen_fast.runs.checkpoint import checkpoints, read_state, read_weights
@@ -218,23 +218,6 @@ def test_sample_and_evaluate_commands(whole_run: Path, tmp_path: Path, capsys: p
     assert json.loads((tmp_path / "e.json").read_text())["report"]["generated"] == 40
     assert main(["evaluate", str(tmp_path / "drawn")]) == 2
     assert "holds no valid checkpoint" in capsys.readouterr().err
-
-
-class Spoiled:
-    """FlowMatching.forward whose loss is not finite for a range of image numbers."""
-
-    def __init__(self, first: int, last: int) -> None:
-        self.first, self.last, self.original = first, last, FlowMatching.forward
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def forward(
-            module: FlowMatching, images: torch.Tensor, labels: torch.Tensor, numbers: torch.Tensor
-        ) -> torch.Tensor:
-            loss = self.original(module, images, labels, numbers)
-            bad = ((numbers >= self.first) & (numbers < self.last)).any()
-            return loss * torch.where(bad, torch.inf, 1.0)
-
-        monkeypatch.setattr(FlowMatching, "forward", forward)
 
 
 def test_steps_that_are_not_finite_are_skipped_and_named(

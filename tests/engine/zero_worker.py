@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pixelgen_fast.engine.optimizer import AdamWEMA
 from pixelgen_fast.engine.zero import ZeroEngine, init_distributed
 from pixelgen_fast.runs import checkpoint
+from pixelgen_fast.runs.saver import Saver
 
 STEPS, GLOBAL_BATCH, ACCUMULATION, CLIP, LR = 20, 8, 2, 0.7, 3e-3
 DECAYS = (0.9, 0.99)
@@ -171,8 +172,14 @@ def save_at_stage_3(folder: Path, world: int) -> dict:
         train(engine, step)
     train(engine, 50, bad=float("nan"))
     refusal = save_where_one_rank_cannot_write(folder / "first", engine)
-    checkpoint.save(folder / "first", engine, nimg=24, state={"config": {"size": "B"}}, keep=2)
-    return dict(state=state(engine), scalars=engine.scalars(), refusal=refusal)
+    behind = Saver(folder / "first", engine, keep=2, background=True)
+    behind.save(24, {"config": {"size": "B"}})
+    saved = dict(state=state(engine), scalars=engine.scalars(), refusal=refusal)
+    train(engine, 3)  # goes on while the ranks' writers agree
+    (done,) = behind.wait()
+    assert done.error is None, done
+    behind.close()
+    return saved
 
 
 def save_where_one_rank_cannot_write(folder: Path, engine: ZeroEngine) -> str:

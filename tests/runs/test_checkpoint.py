@@ -6,61 +6,16 @@ import os
 import re
 import resource
 import shutil
+import struct
 from pathlib import Path
 
 import pytest
 import torch
+from support.engines import SHAPES, Memory, same
 from torch import Tensor
 
-from pixelgen_fast.runs import checkpoint
+from pixelgen_fast.runs import checkpoint, manifest
 from pixelgen_fast.runs.checkpoint import CheckpointError, DiskSpaceError
-
-SHAPES = {"body.weight": (7, 5), "body.bias": (7,), "projector.weight": (3, 1)}
-KINDS = ["master", "exp_avg", "exp_avg_sq", "ema_0.9", "ema_0.999"]
-
-
-class Memory:
-    """What `checkpoint` asks of an engine, held in a dict."""
-
-    rank, world, host_group, stage = 0, 1, None, 1
-
-    def __init__(self, seed: int, shapes: dict[str, tuple[int, ...]] | None = None) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.shapes = shapes or SHAPES
-        self.state = {
-            n: {k: torch.randn(s, generator=generator) for k in self.kinds(n)} for n, s in self.shapes.items()
-        }
-        self.buffer = {"shift": torch.randn(2, generator=generator)}
-        self.counters = {"step": seed, "skipped": 1, "skipped_in_a_row": 0}
-
-    def names(self) -> list[str]:
-        return list(self.shapes)
-
-    def kinds(self, name: str) -> list[str]:
-        return KINDS[:3] if name.startswith("projector") else KINDS
-
-    def gather(self, name: str, kinds: list[str] | None = None, to: int | None = None) -> dict[str, Tensor]:
-        return {kind: self.state[name][kind] for kind in kinds or self.kinds(name)}
-
-    def restore(self, name: str, state: dict[str, Tensor]) -> None:
-        self.state[name] = state
-
-    def buffers(self) -> dict[str, Tensor]:
-        return self.buffer
-
-    def restore_buffers(self, buffers: dict[str, Tensor]) -> None:
-        self.buffer = buffers
-
-    def scalars(self) -> dict[str, int]:
-        return self.counters
-
-    def load_scalars(self, scalars: dict[str, int]) -> None:
-        self.counters = scalars
-
-
-def same(a: Memory, b: Memory) -> bool:
-    tensors = all(torch.equal(a.state[n][k], b.state[n][k]) for n in a.state for k in a.state[n])
-    return tensors and torch.equal(a.buffer["shift"], b.buffer["shift"]) and a.counters == b.counters
 
 
 def save(folder: Path, seed: int, keep: int = 3) -> Path:
@@ -136,11 +91,21 @@ def make_the_manifest_a_list(path: Path) -> None:
     (path / "manifest.json").write_text("[]")
 
 
+def nest_the_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text("[" * 100_000)
+
+
+def lead_out_of_the_folder(path: Path) -> None:
+    manifest.write_manifest(path, {"../../elsewhere": {"bytes": 0, "crc32": 0}})
+
+
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
-        (misspell_the_manifest, "cannot be checked .*bytes"),
-        (make_the_manifest_a_list, "manifest.json cannot be read"),
+        (misspell_the_manifest, "manifest.json cannot be read .bytes is missing"),
+        (make_the_manifest_a_list, "manifest.json holds a list"),
+        (nest_the_manifest, "manifest.json is nested too deeply"),
+        (lead_out_of_the_folder, "files has '../../elsewhere', which is no file"),
         (truncate, "rank00000-000.safetensors has .* bytes instead of"),
         (flip_a_bit, "rank00000-000.safetensors has another checksum"),
         (lose_a_file, "rank00000-000.safetensors is missing"),
@@ -163,16 +128,109 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capl
     assert save(tmp_path, 2) == second and checkpoint.latest_valid(tmp_path) == second
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "state.json"])
+def test_every_flipped_bit_of_a_json_file_is_found(tmp_path, name):
+    path = save(tmp_path, 1)
+    whole = (path / name).read_bytes()
+    for position in range(len(whole)):
+        for bit in (0, 5, 7) if name == "state.json" else range(8):
+            harmed = bytearray(whole)
+            harmed[position] ^= 1 << bit
+            (path / name).write_bytes(harmed)
+            assert checkpoint.damage(path), (position, bit)
+    (path / name).write_bytes(whole)
+    assert not checkpoint.damage(path)
+
+
+def test_a_manifest_of_before_it_covered_itself_is_read(tmp_path):
+    path = save(tmp_path, 1)
+    values = json.loads((path / "manifest.json").read_text())
+    del values["crc32"]
+    (path / "manifest.json").write_text(json.dumps(values, indent=1))
+    assert checkpoint.find(path) == path
+
+
+def seal_again(path: Path) -> None:
+    """Right checksums over whatever the files hold now."""
+    files = [p for p in path.iterdir() if p.name != "manifest.json"]
+    manifest.write_manifest(path, {p.name: manifest.seal(p) for p in files})
+
+
+def header(values: object) -> bytes:
+    text = json.dumps(values).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "cannot be used"),
+        (b"not safetensors", "cannot be used"),
+        (struct.pack("<Q", 2**62) + b"{}", "cannot be used"),
+        (header({"master/a": {"dtype": "F32", "shape": [10**9] * 2, "data_offsets": [0, 4 * 10**18]}}), "cannot be"),
+        (header({"master/a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 8]}}) + bytes(8), "cannot be used"),
+        (header({"master/a": {"dtype": "I32", "shape": [2], "data_offsets": [0, 8]}}) + bytes(8), "I32 instead of F32"),
+        (header({"master": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}) + bytes(8), "which is no state"),
+        (header({"master/body.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}) + bytes(8),
+         "master of body.weight is [2] instead of [7, 5]"),
+    ],
+)  # fmt: skip
+def test_a_sealed_shard_that_lies_is_one_error(tmp_path, content, reason):
+    path = save(tmp_path, 1)
+    shard(path).write_bytes(content)
+    seal_again(path)
+    assert checkpoint.find(path) == path
+    other = Memory(8)
+    with pytest.raises(CheckpointError, match=re.escape(reason)):
+        checkpoint.load(path, other)
+    assert same(other, Memory(8))
+    if "instead of [7, 5]" not in reason:
+        with pytest.raises(CheckpointError, match=re.escape(reason)):
+            checkpoint.read_weights(path, "ema_0.9")
+
+
+def test_a_tensor_that_is_there_twice_is_an_error(tmp_path):
+    path = save(tmp_path, 1)
+    shutil.copy(shard(path), path / "rank00001-000.safetensors")
+    assert checkpoint.load(path, Memory(2))["nimg"] == 1, "a file that the manifest does not name is none of it"
+    seal_again(path)
+    with pytest.raises(CheckpointError, match="which is there twice"):
+        checkpoint.load(path, Memory(2))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"nimg": "7"}, 'nimg is a text ("7"), where a whole number from 0 on belongs'),
+        ({"nimg": -7}, "nimg is a whole number (-7)"),
+        ({"optimizer": {"step": 1.5}}, "step is a number (1.5), where a whole number from 0 on belongs"),
+        ({"optimizer": {"step": 1}}, "does not fit the counter; missing: skipped, skipped_in_a_row"),
+        ({"config": [1]}, "config is a list ([1]), where an object belongs"),
+        ({"classes": [1]}, "classes is a list ([1]), where a list of texts belongs"),
+        ({"classes": None}, "classes is null (null)"),
+        ({"seconds": "1"}, "seconds is a text"),
+    ],
+)
+def test_a_sealed_state_of_other_types_is_one_error(tmp_path, change, reason):
+    path = save(tmp_path, 1)
+    state = json.loads((path / "state.json").read_text()) | {"config": {}, "classes": ["a"], "seconds": 1}
+    (path / "state.json").write_text(json.dumps(state | change))
+    seal_again(path)
+    with pytest.raises(CheckpointError, match=re.escape(reason)):
+        checkpoint.read_state(path, checkpoint.RUN)
+        checkpoint.load(path, Memory(2))
+
+
 def test_a_file_that_cannot_be_read_does_not_hide_the_checkpoint_before(tmp_path, monkeypatch):
     first, second = save(tmp_path, 1), save(tmp_path, 2)
-    real = checkpoint._crc32
+    real = manifest.checksum
 
     def failing(file: Path) -> int:
         if second in file.parents:
             raise OSError(5, "Input/output error", str(file))
         return real(file)
 
-    monkeypatch.setattr(checkpoint, "_crc32", failing)
+    monkeypatch.setattr(manifest, "checksum", failing)
     assert checkpoint.latest_valid(tmp_path) == first
 
 
@@ -192,6 +250,24 @@ def test_only_the_newest_are_kept(tmp_path):
     for seed in range(1, 6):
         save(tmp_path, seed, keep=2)
     assert [path.name for path in checkpoint.checkpoints(tmp_path)] == ["000000000005", "000000000004"]
+
+
+def test_the_good_one_is_kept_beside_the_newest(tmp_path):
+    for seed in range(1, 6):
+        checkpoint.save(tmp_path, Memory(seed), nimg=seed, state={}, keep=1, good=[2])
+    assert [int(path.name) for path in checkpoint.checkpoints(tmp_path)] == [5, 2]
+
+
+def test_what_is_set_aside_is_not_used_again(tmp_path):
+    first, *newer = [save(tmp_path, seed) for seed in (1, 2, 3)]
+    for _ in range(2):  # the run comes by there again
+        moved = checkpoint.set_aside(tmp_path, 1)
+        assert [path.name for path in moved] == ["suspect-000000000003", "suspect-000000000002"]
+        assert checkpoint.latest_valid(tmp_path) == first and not any(path.exists() for path in newer)
+        assert checkpoint.find(moved[0]) == moved[0]
+        newer = [save(tmp_path, seed) for seed in (2, 3)]
+    checkpoint.set_aside(tmp_path, None)
+    assert checkpoint.checkpoints(tmp_path) == []
 
 
 def test_the_one_just_written_is_kept_even_where_a_damaged_one_is_newer(tmp_path):
@@ -224,6 +300,13 @@ def test_a_crash_before_the_rename_leaves_the_earlier_one(tmp_path, monkeypatch)
     assert [path.name for path in tmp_path.iterdir() if path != first] == ["tmp-000000000002"]
     assert checkpoint.latest_valid(tmp_path) == first
     assert list(tmp_path.iterdir()) == [first], "what the crash left has been removed"
+
+
+def test_whoever_reads_leaves_alone_what_is_being_written(tmp_path):
+    first = save(tmp_path / "checkpoints", 1)
+    (tmp_path / "checkpoints" / "tmp-000000000002").mkdir()
+    assert checkpoint.find(tmp_path) == first
+    assert (tmp_path / "checkpoints" / "tmp-000000000002").is_dir()
 
 
 def test_too_little_room_is_said_before_anything_is_written(tmp_path, monkeypatch):
@@ -269,7 +352,7 @@ def test_a_format_of_the_future_is_refused(tmp_path):
     path = save(tmp_path, 7)
     state = json.loads((path / "state.json").read_text())
     (path / "state.json").write_text(json.dumps(state | {"format": 99}))
-    with pytest.raises(CheckpointError, match="has format 99, and this version reads 1"):
+    with pytest.raises(CheckpointError, match="it has format 99, and this version reads 1"):
         checkpoint.load(path, Memory(7))
 
 

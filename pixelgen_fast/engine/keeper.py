@@ -1,0 +1,118 @@
+"""When a run writes a checkpoint, and which of them is good.
+
+None is written and none deleted while steps are bad (watch.py); what is due then is written after the next step that is
+not. The newest one that is proven good is kept beside the newest `save.keep`. One that could not be written is said and
+tried again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pixelgen_fast import config as cfg
+from pixelgen_fast.engine.signals import any_rank
+from pixelgen_fast.engine.watch import Health, StepWatch
+from pixelgen_fast.engine.zero import ZeroEngine
+from pixelgen_fast.runs import checkpoint
+from pixelgen_fast.runs.ranks import Team
+from pixelgen_fast.runs.saver import Saved, Saver
+
+RETRY_SECONDS = 30.0
+
+
+class Keeper:
+    """The checkpoints of one run. All ranks call its methods alike. say: takes a line for people."""
+
+    def __init__(
+        self, config: cfg.Config, engine: ZeroEngine, folder: Path, device: torch.device, say: Callable[[str], None]
+    ) -> None:
+        self.engine, self.folder, self.say = engine, folder, say
+        self.saver = Saver(folder, engine, keep=config.save.keep, background=config.save.background)
+        self.max_bad_steps = config.train.max_bad_steps
+        self.health, self.watch = Health(config.train.loss_range), StepWatch(device)
+        self.saved: int | None = None  # image of the newest checkpoint on disk
+        self._retry_at = math.inf
+
+    def resume(self, nimg: int, state: dict[str, Any] | None) -> None:
+        """Go on from the checkpoint of image `nimg`. state: what it keeps of the losses."""
+        self.saved = nimg
+        self.health.resume(state, nimg)
+
+    def step(self, losses: Tensor, first: int, last: int) -> None:
+        """A step on images [first, last) has been made. losses: as `training_step` gives them."""
+        self.watch.push(self.engine.skipped_in_a_row, losses, first, last)
+        self._hear(self.saver.poll())
+        self._look()
+
+    @property
+    def failing(self) -> bool:
+        """Whether too many steps in a row were bad, as this rank knows."""
+        return self.health.bad_in_a_row >= self.max_bad_steps
+
+    @property
+    def retrying(self) -> bool:
+        """Whether it is time to try again what could not be written."""
+        return time.monotonic() >= self._retry_at
+
+    def save(self, nimg: int, state: dict[str, Any], last: bool) -> bool:
+        """Write a checkpoint; returns whether it is on its way. last: whether it is awaited.
+
+        Raises CheckpointError where the last one cannot be written.
+        """
+        if last:
+            self._hear(self.saver.wait())
+        if self.saved == nimg:
+            return True
+        self._look(wait=True)
+        if any_rank([self.health.bad_in_a_row > 0], self.engine.host_group)[0]:
+            return False
+        self._retry_at = math.inf
+        good = self.health.good
+        self.saver.save(nimg, {**state, "health": self.health.state()}, () if good is None else (good,))
+        failed = self._hear(self.saver.wait() if last or not self.saver.background else self.saver.poll())
+        if last and failed:
+            raise failed
+        return True
+
+    def retreat(self) -> Path | None:
+        """The last good checkpoint on every rank, once the newer ones have been set aside; None for none."""
+        self._hear(self.saver.wait())
+        return Team(self.engine.rank, self.engine.world, self.engine.host_group).on_rank_zero(self._retreat)
+
+    def _retreat(self) -> Path | None:
+        good = -1 if self.health.good is None else self.health.good
+        known = (path for path in checkpoint.checkpoints(self.folder) if int(path.name) <= good)
+        whole = next((path for path in known if not checkpoint.damage(path)), None)
+        for path in checkpoint.set_aside(self.folder, None if whole is None else int(whole.name)):
+            self.say(f"{path} was taken when the run was not known to be sound; it is not used again")
+        return whole
+
+    def close(self) -> None:
+        self.saver.close()
+
+    def _look(self, wait: bool = False) -> None:
+        for step in self.watch.poll(wait):
+            if told := self.health.add(step):
+                self.say(told)
+
+    def _hear(self, finished: list[Saved]) -> checkpoint.CheckpointError | None:
+        """Say what became of checkpoints; returns the error of the last one."""
+        for one in finished:
+            if one.error:
+                self.say(f"no checkpoint at image {one.nimg:,}, the run goes on and tries again later: {one.error}")
+                self._retry_at = time.monotonic() + RETRY_SECONDS
+                continue
+            self.saved = one.nimg
+            self.health.saved(one.nimg)
+            self.say(
+                f"checkpoint of image {one.nimg:,}: training waited {one.waited:.2f} s, writing it took "
+                f"{one.written:.2f} s"
+            )
+        return finished[-1].error if finished else None

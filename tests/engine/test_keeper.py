@@ -1,0 +1,98 @@
+"""When a run writes checkpoints, which one it calls good, and how it goes back to that by itself."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from support.runs import rows, train
+from support.spoiled import Spoiled
+
+from pixelgen_fast.cli import main
+from pixelgen_fast.engine import keeper
+from pixelgen_fast.runs.checkpoint import checkpoints, read_state
+
+
+def saved(folder: Path) -> list[int]:
+    return sorted(int(path.name) for path in checkpoints(folder / "checkpoints"))
+
+
+def command(folder: Path, images: int, *overrides: str) -> list[str]:
+    own = ("model.patch_depth=1", "optimizer.warmup_images=0", "save.keep=9", "save.every_images=16")
+    return train(folder, images, *own, *overrides)
+
+
+def test_no_checkpoint_is_written_while_the_loss_is_out_of_its_range(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    Spoiled(48, 80, factor=1e6).install(monkeypatch)
+    assert main(command(tmp_path / "run", 112)) == 0
+    said = capfd.readouterr().out
+    assert "images 48 to 64: loss" in said and "is far above" in said and "(2 in a row)" in said
+    assert saved(tmp_path / "run") == [16, 32, 48, 96, 112]
+    assert "checkpoint of image 48: training waited" in said
+    health = read_state(tmp_path / "run" / "checkpoints" / f"{112:012d}")["health"]
+    assert health["steps"] == 5 and health["good"] in (48, 96)
+
+
+@pytest.mark.parametrize("factor", [1e6, float("inf")])
+def test_the_checkpoint_that_is_named_good_was_taken_before_the_trouble(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, factor: float
+) -> None:
+    """The one of image 48 has the weights of which the first bad loss came; the same command then goes on from 32."""
+    with monkeypatch.context() as spoiled:
+        Spoiled(48, 10_000, factor).install(spoiled)
+        assert main(command(tmp_path / "run", 400, "save.keep=1")) == 2
+    error = capsys.readouterr().err
+    good = tmp_path / "run" / "checkpoints" / f"{32:012d}"
+    assert "10 steps in a row" in error and f"the last good checkpoint is {good}." in error
+    assert sorted(path.name for path in good.parent.iterdir()) == [good.name, f"suspect-{48:012d}"]
+    assert main(command(tmp_path / "run", 112)) == 0
+    assert "resumed" in (said := capsys.readouterr().out) and "image 32 of 112" in said
+
+
+def test_a_run_that_ends_badly_is_no_success(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    Spoiled(80, 10_000).install(monkeypatch)
+    assert main(command(tmp_path / "run", 112)) == 2
+    assert "2 steps in a row" in capsys.readouterr().err
+    assert saved(tmp_path / "run") == [16, 32, 48, 64]
+
+
+def test_a_run_goes_back_by_itself_as_often_as_it_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    settings = ("optimizer.lr=1e-3", "train.max_bad_steps=3", "train.returns=1", "train.return_lr=0.25")
+    with monkeypatch.context() as spoiled:
+        Spoiled(80, 10_000, times=6).install(spoiled)  # three steps of two micro-batches
+        assert main(command(tmp_path / "run", 160, *settings)) == 0
+    said = capfd.readouterr().out
+    assert f"returned to {tmp_path / 'run' / 'checkpoints' / f'{64:012d}'}, return 1 of 1" in said
+    found = rows(tmp_path / "run")
+    assert [row["nimg"] for row in found] == list(range(16, 161, 16))
+    assert [row["returns"] for row in found] == [0] * 4 + [1] * 6
+    assert [row["lr"] for row in found] == [1e-3] * 4 + [2.5e-4] * 6
+    assert read_state(tmp_path / "run" / "checkpoints" / f"{160:012d}")["returns"] == 1
+    Spoiled(160, 10_000).install(monkeypatch)
+    assert main(command(tmp_path / "run", 400, *settings)) == 2
+    assert "3 steps in a row" in capfd.readouterr().err
+
+
+def test_what_could_not_be_written_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    """The disk is full at image 64 only; the checkpoint comes a few steps later, not 64 images later."""
+    usage, calls = shutil.disk_usage, []
+
+    def full(path: Path) -> object:
+        calls.append(path)
+        return usage(path)._replace(free=0) if len(calls) == 2 else usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", full)
+    monkeypatch.setattr(keeper, "RETRY_SECONDS", 0.0)
+    assert main(command(tmp_path / "run", 128, "save.every_images=64", "save.background=false")) == 0
+    said = capfd.readouterr().out
+    assert "no checkpoint at image 64, the run goes on and tries again later" in said
+    assert saved(tmp_path / "run") == [80, 128]
+    assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["nimg"] == 128
