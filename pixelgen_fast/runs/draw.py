@@ -18,10 +18,12 @@ from pixelgen_fast.diffusion.solver import sample, to_uint8
 from pixelgen_fast.dino.kept import with_kept_dino
 from pixelgen_fast.models import build_model, model_schema
 from pixelgen_fast.models.system import System
-from pixelgen_fast.runs.checkpoint import CheckpointError, ema_key, find, read_state, read_weights
+from pixelgen_fast.runs.checkpoint import RUN, CheckpointError, ema_key, find, read_state, read_weights
 from pixelgen_fast.runs.export import GeneratorError, read_exported
 from pixelgen_fast.runs.folder import ABOUT, CHECKPOINTS, MODEL_PREFIX, names_a_folder
 from pixelgen_fast.weights import misfits
+
+_LARGEST_TABLES = 2**32
 
 
 @dataclass
@@ -91,15 +93,16 @@ def load(path: str | Path, weights: str | None = None, device: torch.device | st
         except CheckpointError as error:
             raise GeneratorError(f"{error}; nor is there a config.json of an exported one") from error
         home = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
-        about = read_state(folder)
+        about = read_state(folder, RUN)
         if weights in (None, "ema"):
-            weights = ema_key(about["config"]["optimizer"]["ema"][0])
+            weights = ema_key(cfg.from_dict(about["config"], model_schema).optimizer.ema[0])
         about["weights"] = weights
         state = strip_prefix(read_weights(folder, weights))
     else:
         raise GeneratorError(f"{path}: no such folder; give a run folder or one written by pixelgen export")
     _check_classes(about["classes"], path)
     config = with_kept_dino(cfg.from_dict(about["config"], model_schema), home)
+    _check_size(config, state, len(about["classes"]), path)
     model = build_model(config, len(about["classes"]))
     load_weights(model, state, str(path))
     dtype = next(iter(state.values())).dtype
@@ -124,9 +127,23 @@ def load_for_other_classes(model: System, state: dict[str, Tensor], origin: str)
 
 def _check_classes(classes: list[str], origin: Path) -> None:
     """A class is the name of a folder of drawn images: one that leads elsewhere is refused."""
+    if not classes:
+        raise GeneratorError(f"{origin}: classes is empty; a generator has at least one")
     for name in classes:
         if not names_a_folder(name):
             raise GeneratorError(f"{origin}: class {name!r} cannot name a folder; a class has a name without /")
+
+
+def _check_size(config: cfg.Config, state: dict[str, Tensor], num_classes: int, origin: Path) -> None:
+    """Refuse a configuration of another size than its weights before memory is taken for it."""
+    with torch.device("meta"):
+        model = build_model(config, num_classes)
+    check_weights(model, state, str(origin))
+    size, tables = config.data.image_size, sum(b.nbytes for b in model.buffers())
+    if tables > _LARGEST_TABLES:
+        raise GeneratorError(
+            f"{origin}: data.image_size {size} needs tables of {tables / 1e9:,.0f} GB; is it so large?"
+        )
 
 
 def strip_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -136,7 +153,12 @@ def strip_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def load_weights(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
     """Copy weights into a model; what it does not train may be absent. Raises GeneratorError for what does not fit."""
+    check_weights(model, state, origin)
+    model.load_state_dict(state, strict=False)
+
+
+def check_weights(model: nn.Module, state: dict[str, Tensor], origin: str) -> None:
+    """Raise GeneratorError for weights that do not fit a model, by name; what it does not train may be absent."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     if wrong := misfits(state, model.state_dict(), optional=frozen):
         raise GeneratorError(f"{origin}: {len(wrong)} weights do not fit: {'; '.join(wrong[:10])}")
-    model.load_state_dict(state, strict=False)

@@ -18,6 +18,7 @@ from pixelgen_fast import config as cfg
 from pixelgen_fast.dino.kept import DINO, keep_dino, reading
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.runs.folder import ABOUT, WEIGHTS
+from pixelgen_fast.runs.plain import check_types, read_object
 
 FORMAT = "pixelgen_fast generator 1"
 
@@ -41,12 +42,18 @@ def export(
 
 
 def read_exported(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(weights, config.json) of an exported folder. Raises GeneratorError when either is missing or damaged."""
+    """(weights, config.json) of an exported folder.
+
+    Raises GeneratorError when either is missing or damaged, has other types, or is of another format.
+    """
     try:
-        about = json.loads((folder / ABOUT).read_text())
+        about = read_object(folder / ABOUT)
+        if about.get("format") != FORMAT:
+            raise ValueError(f"format {about.get('format')!r}, this version reads {FORMAT!r}")
+        check_types(about, {"config": dict, "classes": list, "weights": str, "nimg": int})
         state = load_file(folder / WEIGHTS)
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
-        raise GeneratorError(f"{folder}: not a readable export (config.json, model.safetensors): {error}") from error
-    if about.get("format") != FORMAT:
-        raise GeneratorError(f"{folder / ABOUT}: format {about.get('format')!r}, this version reads {FORMAT!r}")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise GeneratorError(f"{folder}: not a readable export ({ABOUT}, {WEIGHTS}): {error}") from error
+    if wrong := sorted({str(value.dtype) for value in state.values() if not value.is_floating_point()}):
+        raise GeneratorError(f"{folder / WEIGHTS}: holds {', '.join(wrong)} instead of weights")
     return state, about
