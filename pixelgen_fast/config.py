@@ -89,7 +89,7 @@ class Alignment:
 
     # a timm model such as vit_base_patch14_dinov2.lvd142m; null: no alignment
     teacher: str | None = None
-    # a file in timm's or Meta's names, a folder that holds a teacher, or "random"; null: from the hub
+    # a file in timm's, Meta's or Hugging Face's names, a folder that holds a teacher, or "random"; null: from the hub
     weights: str | None = None
     # the patch block, counted from 1, after which the generator's tokens are read; 0: a DINO student's own tokens
     layer: int = at_least(0, default=8)

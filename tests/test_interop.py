@@ -3,8 +3,10 @@
 import argparse
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.golden import Golden, position_table, relative
 
 from pixelgen_fast import interop
@@ -199,3 +201,45 @@ def test_import_names_what_is_wrong(golden: Golden, tmp_path: Path, capsys: pyte
     torch.save({"state_dict": state}, file)
     assert "missing patch_blocks.1.attn.qkv.weight" in refused()
     assert not (tmp_path / "out").exists()
+
+
+FORMS = ("plain", "legacy", "ddp", "compiled", "numpy", "half", "safetensors", "alone", "bare")
+
+
+def written(form: str, system: str, state: dict[str, torch.Tensor], file: Path) -> None:
+    """A checkpoint in one of the forms that people have. The raw weights are not those of the average."""
+    wrapper = {"ddp": "module.", "compiled": "_orig_mod."}.get(form, "")
+    state = {name: value.bfloat16() if form == "half" else value for name, value in state.items()}
+    raw = {name: value if name == "pos_embed" else value + 1 for name, value in state.items()}
+    if system == "jit":
+        sets = {"model": raw, "model_ema1": state}
+        content = {key: {f"{wrapper}net.{name}": v for name, v in one.items()} for key, one in sets.items()}
+        alone = content["model_ema1"]
+    else:
+        sets = {"denoiser.": raw, "ema_denoiser.": state}
+        alone = {f"{prefix}{wrapper}{name}": v for prefix, one in sets.items() for name, v in one.items()}
+        content = {"state_dict": alone, "epoch": 3}
+    if form == "numpy":
+        content["best_fid"] = np.float64(4.2)
+    if form == "safetensors":
+        save_file({name: value.clone() for name, value in alone.items()}, file)
+    else:
+        content = {"alone": alone, "bare": state}.get(form, content)
+        torch.save(content, file, _use_new_zipfile_serialization=form != "legacy")
+
+
+@pytest.mark.parametrize("system", ["pixeldit", "jit"])
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_come_as_people_have_them(golden: Golden, tmp_path: Path, system: str, form: str) -> None:
+    state = golden.state if system == "pixeldit" else small_jit()[1]
+    written(form, system, state, tmp_path / "file")
+    found = interop.read_published(tmp_path / "file", system)
+    assert found.keys() == state.keys()
+    assert all(torch.equal(value, state[name].to(value.dtype)) for name, value in found.items())
+    interop.native(system, found)
+
+
+def test_values_among_the_weights_are_named(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"denoiser.a": torch.ones(1), "denoiser.b": 3}}, tmp_path / "file")
+    with pytest.raises(ValueError, match="file: denoiser.b are no weights by name"):
+        interop.read_published(tmp_path / "file", "pixeldit")

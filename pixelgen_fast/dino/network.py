@@ -1,6 +1,6 @@
 """DINOv2 and DINOv3 vision transformers, made by timm, with weights as people have them.
 
-    load_dino(name, weights)      from the hub, a file in timm's or Meta's names, or a folder that `save_dino` wrote
+    load_dino(name, weights)      from the hub, a file of others (names.py), or a folder that `save_teacher` wrote
 
 Meta's DINOv3 weights (arXiv 2508.10104) are under the DINOv3 License, DINOv2's (arXiv 2304.07193) under Apache 2.0;
 neither comes with this package.
@@ -15,26 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from pixelgen_fast.dino.names import to_timm
 from pixelgen_fast.errors import InputError
-from pixelgen_fast.weights import misfits
+from pixelgen_fast.weights import misfits, plain_names, read_file
 
 RANDOM = "random"
 # The settings that name a network and its weights, for messages.
 KEYS = ("alignment.teacher", "alignment.weights")
-# What Meta's files hold and inference does not need.
-_UNUSED = ("mask_token", "rope_embed.periods", "local_cls_norm.weight", "local_cls_norm.bias")
-_DINOV3 = {
-    "storage_tokens": "reg_token",
-    ".ls1.gamma": ".gamma_1",
-    ".ls2.gamma": ".gamma_2",
-    ".mlp.w1.": ".mlp.fc1_g.",
-    ".mlp.w2.": ".mlp.fc1_x.",
-    ".mlp.w3.": ".mlp.fc2.",
-}
-_DINOV2 = {".mlp.w12.": ".mlp.fc1.", ".mlp.w3.": ".mlp.fc2."}
+_SECTIONS = ("state_dict", "model", "teacher")
 
 
 def load_dino(name: str, weights: str | None, keys: tuple[str, str] = KEYS) -> nn.Module:
@@ -44,7 +35,7 @@ def load_dino(name: str, weights: str | None, keys: tuple[str, str] = KEYS) -> n
 
     name: of timm, e.g. vit_base_patch14_dinov2.lvd142m or vit_small_patch16_dinov3.lvd1689m.
     weights: None for timm's own from the hub; "random" for a fixed random initialisation; a .safetensors or .pth file
-    in timm's or Meta's key names; or a folder that `save_teacher` wrote, whose architecture is `name`.
+    in timm's, Meta's or Hugging Face's key names; or a folder that `save_teacher` wrote, whose architecture is `name`.
     keys: the settings that hold the two, for messages.
     Raises ValueError for an unknown name, a file that cannot be read, and weights that are missing, extra or misshapen;
     ImportError without timm.
@@ -108,52 +99,6 @@ def copy_dino(name: str, weights: str | None, folder: str | Path) -> None:
     save_teacher(folder, network, architecture=name, kwargs=kwargs, mean=about["mean"], std=about["std"])
 
 
-def to_timm(state: Mapping[str, Tensor], network: nn.Module, origin: str) -> dict[str, Tensor]:
-    """Weights under Meta's names renamed to those of timm's `network`; other weights as they are.
-
-    DINOv3: `storage_tokens`, LayerScale and SwiGLU have other names, and qkv.bias is split where the network has biases
-    (the timm models named _qkvb): that of the keys is masked out. DINOv2 with registers: timm adds no position to the
-    class token, so the position that Meta adds is part of it.
-    Raises ValueError, naming `origin`, for biases that the network has no place for.
-    """
-    if not state.keys() & {"storage_tokens", "register_tokens", "mask_token"}:
-        return dict(state)
-    dinov3 = "storage_tokens" in state
-    renamed: dict[str, Tensor] = {}
-    for name, value in state.items():
-        if name in _UNUSED or name.endswith(".bias_mask"):
-            continue
-        if dinov3 and name.endswith(".attn.qkv.bias"):
-            renamed |= _split_bias(name.removesuffix("qkv.bias"), state, network, origin)
-            continue
-        for old, new in (_DINOV3 if dinov3 else _DINOV2).items():
-            name = name.replace(old, new)
-        renamed[name] = value
-    if "register_tokens" in renamed:
-        position = renamed["pos_embed"]
-        renamed["reg_token"] = renamed.pop("register_tokens")
-        renamed["cls_token"] = renamed["cls_token"] + position[:, :1]
-        renamed["pos_embed"] = position[:, 1:]
-    return renamed
-
-
-def _split_bias(attention: str, state: Mapping[str, Tensor], network: nn.Module, origin: str) -> dict[str, Tensor]:
-    """q_bias and v_bias of one attention, if the network has them."""
-    q, k, v = state[f"{attention}qkv.bias"].chunk(3)
-    mask = state.get(f"{attention}qkv.bias_mask")
-    masked = mask is not None and not (mask.chunk(3)[1] == 1).any()
-    if not masked and k.nan_to_num().any():
-        raise InputError(f"{origin}: {attention}qkv.bias has a bias of the keys, which no DINOv3 of timm has")
-    if f"{attention}q_bias" in dict(network.named_parameters()):
-        return {f"{attention}q_bias": q, f"{attention}v_bias": v}
-    if q.any() or v.any():
-        raise InputError(
-            f"{origin}: {attention}qkv.bias is not zero and this model has none; name the timm model that has, with "
-            "_qkvb after dinov3"
-        )
-    return {}
-
-
 def _create(name: str, keys: tuple[str, str] = KEYS, **kwargs: Any) -> nn.Module:
     """A timm model with a fixed input size and no classifier, its random weights the same each time."""
     try:
@@ -185,17 +130,13 @@ def _fill(network: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file by name; those of a .pth file may lie under "state_dict" or "model"."""
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        state = content.get("state_dict", content.get("model", content))
-    except Exception as error:  # torch raises whatever the bytes lead it to
-        raise InputError(f"{path}: not a readable file of weights; give a .safetensors or .pth file") from error
-    if not all(isinstance(value, Tensor) for value in state.values()):
+    """The tensors of a file by name; they may lie under a name of the code that trained them."""
+    state = read_file(path)
+    for name in _SECTIONS:
+        state = state[name] if isinstance(state.get(name), dict) else state
+    if not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{path}: holds {', '.join(map(str, list(state)[:5]))} instead of weights by name")
-    return state
+    return plain_names({name.removeprefix("backbone."): value for name, value in state.items()}, str(path))
 
 
 def _read_about(folder: Path) -> dict[str, Any]:

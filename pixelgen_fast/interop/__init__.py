@@ -7,19 +7,18 @@ the weights. A system that has a public form is one module here, under the name 
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.interop.form import PublicForm
 from pixelgen_fast.interop.layout import PublicLayout, State, check_state
+from pixelgen_fast.weights import plain_names, read_file
 
 __all__ = [
     "SYSTEMS",
@@ -33,6 +32,7 @@ __all__ = [
 ]
 
 SYSTEMS = ("pixeldit", "jit", "deco")
+CLASS_TABLE = "y_embedder.embedding_table.weight"  # in all of them
 
 log = logging.getLogger(__name__)
 
@@ -63,55 +63,60 @@ def from_reference(system: str, config: Mapping[str, Any], state_dict: State) ->
     )
 
 
-def _load(path: Path) -> object:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        # mmap keeps a file of several gigabytes out of memory; weights_only refuses to run code from the file, but for
-        # the command line that training scripts save beside the weights, a bare container of values
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise InputError(f"{path}: not a readable PyTorch checkpoint of plain tensors: {error}") from error
-
-
 def read_published(path: Path, system: str, weights: str = "ema") -> dict[str, Tensor]:
     """The state dict of a published file, without prefix.
 
-    weights: a kind that the system's prefixes name. Where the file has no such weights, the first kind that it has is
-    taken, with a warning.
+    path: as the public code writes it, or its weights alone, in safetensors or either format of torch; names may have
+    what DataParallel and torch.compile add, and lack the prefix. weights: a kind that the system's prefixes name. Where
+    the file has no such weights, the first kind that it has is taken, with a warning.
     Raises FileNotFoundError, or ValueError when the file is not such a checkpoint.
     """
     form = public(system)
     if weights not in form.prefixes:
         raise InputError(f"weights: a {system} file has no {weights!r}; valid: {', '.join(form.prefixes)}")
-    content = _load(path)
-    try:
-        sections = form.read(content, form.prefixes)
-    except ValueError as error:
-        raise InputError(f"{path}: {error}") from error
-    found: dict[str, dict[str, Tensor]] = {}
-    beginnings = " or ".join(dict.fromkeys(form.prefixes.values()))
-    known = (*form.prefixes.values(), *form.ignored)
-    for kind, state in sections.items():
-        prefix = form.prefixes[kind]
-        # torch.compile of the whole module leaves _orig_mod. in the names
-        found[kind] = {
-            name[len(prefix) :].removeprefix("_orig_mod."): value
-            for name, value in state.items()
-            if name.startswith(prefix)
-        }
-        if extra := [name for name in state if not name.startswith(known)]:
-            if not any(name.startswith(known) for name in state):
-                raise InputError(f"{path}: no key begins with {beginnings}; the first keys are {', '.join(extra[:5])}")
-            raise InputError(f"{path}: unknown keys {', '.join(extra[:10])}; expected prefixes {', '.join(known)}")
-    there = [kind for kind in form.prefixes if found.get(kind)]
-    if not there:
+    found = {kind: state for kind, state in _kinds(read_file(path), form, path).items() if state}
+    if not found:
+        beginnings = " or ".join(dict.fromkeys(form.prefixes.values()))
         raise InputError(f"{path}: holds no weights whose names begin with {beginnings}")
-    if weights not in there:
-        log.warning("%s: holds no %s weights; its %s weights are taken", path, weights, there[0])
-        return found[there[0]]
+    if weights not in found:
+        there = next(kind for kind in form.prefixes if kind in found)
+        log.warning("%s: holds no %s weights; its %s weights are taken", path, weights, there)
+        return found[there]
     return found[weights]
+
+
+def _kinds(content: dict[Any, Any], form: PublicForm, path: Path) -> dict[str, dict[str, Tensor]]:
+    """{kind: weights without prefix} of what a file holds. Raises InputError naming the keys that are none."""
+    if content and all(isinstance(value, Tensor) for value in content.values()):
+        state, prefixes = plain_names(content, str(path)), [*form.prefixes.values()]
+        if CLASS_TABLE in state:
+            return {"raw": state}
+        # prefixes that are one tell nothing of the kind
+        own = {kind: state for kind, prefix in form.prefixes.items() if prefixes.count(prefix) == 1}
+        sections: dict[str, Any] = own or {"raw": state}
+    else:
+        try:
+            sections = form.read(content, form.prefixes)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}") from error
+    return {kind: _without_prefix(state, form, kind, path) for kind, state in sections.items()}
+
+
+def _without_prefix(state: State, form: PublicForm, kind: str, path: Path) -> dict[str, Tensor]:
+    """The weights of one kind among those of a state dict."""
+    known = (*form.prefixes.values(), *form.ignored)
+    named = {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
+    if odd := [str(name) for name in state if name not in named]:
+        raise InputError(f"{path}: {', '.join(odd[:10])} are no weights by name")
+    plain = plain_names(named, str(path))
+    if extra := [name for name in plain if not name.startswith(known)]:
+        if len(extra) == len(plain):
+            beginnings = " or ".join(dict.fromkeys(form.prefixes.values()))
+            raise InputError(f"{path}: no key begins with {beginnings}; the first keys are {', '.join(extra[:5])}")
+        raise InputError(f"{path}: unknown keys {', '.join(extra[:10])}; expected prefixes {', '.join(known)}")
+    prefix = form.prefixes[kind]
+    own = {name[len(prefix) :]: value for name, value in plain.items() if name.startswith(prefix)}
+    return plain_names(own, str(path))
 
 
 def native(system: str, published: State) -> tuple[dict[str, Tensor], Any, int]:
@@ -121,7 +126,7 @@ def native(system: str, published: State) -> tuple[dict[str, Tensor], Any, int]:
     """
     form = public(system)
     config = form.config_of(published)
-    table = published.get("y_embedder.embedding_table.weight")
+    table = published.get(CLASS_TABLE)
     num_classes = 1000 if table is None else table.shape[0] - 1
     size = image_size(system, published)
     fixed = {} if size is None else form.fixed(config, size)

@@ -32,7 +32,8 @@ class PublicForm:
     config_of(state): Settings, from names and shapes alone.
 
     ignored: prefixes of names in the file that are left out. read(content, prefixes): {kind: its state dict, prefixes
-    and all}, of a file that torch.load has read. image_size_of(state, settings): the image size, where weights tell.
+    and all}, of a file as the public code writes it.
+    image_size_of(state, settings): the image size, where weights tell.
     fixed(settings, image_size): {public name: table}, for what the file holds and the model computes.
     sections(settings, image_size): {section of a run's configuration: its settings}, with which the weights draw.
     """

@@ -40,8 +40,8 @@ class Settings(pixeldit.Settings):
     role: Literal["input", "trunk"] = "input"
     # a DINOv2 or DINOv3 of timm
     dino: str = "vit_small_patch16_dinov3.lvd1689m"
-    # where it starts: a file in timm's or Meta's names, a folder that holds a teacher, or "random"; null: from the hub.
-    # It is read when a run begins, which keeps a copy, and so does an export
+    # where it starts: a file in timm's, Meta's or Hugging Face's names, a teacher's folder, or "random"; null takes
+    # the hub's. It is read when a run begins, which keeps a copy, and so does an export
     weights: str | None = None
     tuning: Literal["full", "lora", "frozen"] = "full"
     lora_rank: int = width_setting(16)

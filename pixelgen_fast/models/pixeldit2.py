@@ -56,7 +56,7 @@ class Settings(system.Settings):
     grounding_drop: float = within(0, 1, default=0.1)
     # a DINOv2 or DINOv3 of timm; it is never trained. A run keeps a copy beside its checkpoints, and so does an export
     dino: str = "vit_small_patch16_dinov3_qkvb.lvd1689m"
-    # a file in timm's or Meta's names, a folder that holds a teacher, or "random"; null: from the hub
+    # a file in timm's, Meta's or Hugging Face's names, a folder that holds a teacher, or "random"; null: from the hub
     weights: str | None = None
 
 

@@ -160,6 +160,68 @@ def test_dinov2_under_metas_names() -> None:
     assert torch.allclose(network.forward_features(x), expected, rtol=0, atol=1e-12)
 
 
+def hugging_face(meta: dict[str, Tensor], version: int) -> dict[str, Tensor]:
+    """Meta's names turned into those of transformers 4 (DINOv2's files) or 5, which DINOv3's files have."""
+    found: dict[str, Tensor] = {}
+    old, encoder = version == 4, "encoder.layer." if version == 4 or "pos_embed" in meta else "model.layer."
+    heads = [f"attention.{x}" if old else f"{x[0]}_proj" for x in ("query", "key", "value")]
+    place = "embeddings.patch_embeddings" + (".projection" if "pos_embed" in meta else "")
+    table = {
+        "patch_embed.proj": place, "pos_embed": "embeddings.position_embeddings", "cls_token": "embeddings.cls_token",
+        "mask_token": "embeddings.mask_token", "blocks.": encoder, "register_tokens": "embeddings.register_tokens",
+        "storage_tokens": "embeddings.register_tokens", ".ls1.gamma": ".layer_scale1.lambda1",
+        ".ls2.gamma": ".layer_scale2.lambda1", ".attn.proj": f".attention.{'output.dense' if old else 'o_proj'}",
+    }  # fmt: skip
+    table |= {".mlp.w12": ".mlp.weights_in", ".mlp.w3": ".mlp.weights_out"} if old else {}
+    for name, value in meta.items():
+        if name.endswith("bias_mask") or name == "rope_embed.periods":
+            continue
+        for key, replacement in table.items():
+            name = name.replace(key, replacement)
+        name = f"layernorm{name[4:]}" if "pos_embed" in meta and name.startswith("norm.") else name
+        parts = {name: value}
+        if ".attn.qkv." in name:
+            parts = {name.replace("attn.qkv", f"attention.{x}"): v for x, v in zip(heads, value.chunk(3), strict=True)}
+        elif ".mlp.w12." in name:
+            parts = {name.replace("w12", x): v for x, v in zip(("gate_proj", "up_proj"), value.chunk(2), strict=True)}
+        found |= parts
+    if old:
+        return found
+    gated = any(".w3." in name for name in found)
+    names = {".w1.": ".gate_proj.", ".w2.": ".up_proj.", ".w3.": ".down_proj."} if gated else {}
+    names |= {} if gated or "pos_embed" in meta else {".fc1.": ".up_proj.", ".fc2.": ".down_proj."}
+    for key, replacement in names.items():
+        found = {name.replace(key, replacement): value for name, value in found.items()}
+    dinov3 = "pos_embed" not in meta
+    return {name: value for name, value in found.items() if not (dinov3 and name.endswith("k_proj.bias"))}
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("name", [V2, "vit_giant_patch14_reg4_dinov2"])
+def test_dinov2_under_hugging_faces_names(name: str, version: int) -> None:
+    network = small(name, img_size=28)
+    state = network.state_dict()
+    meta = {key: value for key, value in state.items() if key != "reg_token"}
+    meta |= {"register_tokens": state["reg_token"], "mask_token": torch.zeros(1, 48)}
+    meta["pos_embed"] = torch.cat([torch.ones(1, 1, 48), state["pos_embed"]], dim=1)
+    if "giant" in name:
+        meta = {key.replace(".fc1.", ".w12.").replace(".fc2.", ".w3."): value for key, value in meta.items()}
+    expected, found = to_timm(meta, network, "here"), to_timm(hugging_face(meta, version), network, "here")
+    assert found.keys() == expected.keys() == state.keys()
+    assert all(torch.equal(value, expected[key]) for key, value in found.items())
+
+
+@pytest.mark.parametrize("name", [f"{V3}_qkvb", "vit_small_plus_patch16_dinov3_qkvb"])
+def test_dinov3_under_hugging_faces_names(name: str) -> None:
+    network = small(name, img_size=32)
+    state = network.state_dict()
+    renamed = hugging_face(meta_dinov3(state, None), 5)
+    assert any("q_proj.bias" in key for key in renamed) and not any("k_proj.bias" in key for key in renamed)
+    found = to_timm({f"dinov3_vit.{key}": value for key, value in renamed.items()}, network, "here")
+    assert found.keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in found.items())
+
+
 def test_plain_files_in_both_kinds_of_names(tmp_path: Path) -> None:
     name = "vit_tiny_patch16_dinov3_qkvb"
     network = load_dino(name, "random")
