@@ -14,13 +14,14 @@ from typing import get_args
 
 from pixelgen_fast import commands, errors, processes
 from pixelgen_fast.settings import Solver
+from pixelgen_fast.signals import REQUEUE, StopAtOnce, Stopped
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code.
 
     0 done; 2 an error to mend, in one line; 70 a fault of the program, with its traceback; 75 stopped by a signal with
-    everything saved.
+    everything saved that there was.
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
@@ -34,6 +35,16 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # a progress bar in a log file is a line each time it moves
     errors.begin(False)
+    with StopAtOnce():
+        try:
+            return _run(args)
+        except Stopped as stopped:
+            print(errors.stopped_line(str(stopped)), file=sys.stderr)
+            return REQUEUE
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Do what the arguments say; an error becomes a line and an exit code."""
     try:
         _check_processes(args)
         rank = int(os.environ.get("RANK", "0"))
@@ -52,7 +63,8 @@ def _check_processes(args: argparse.Namespace) -> None:
     if args.command is commands.train:
         if args.local_rank is not None:
             os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
-        processes.join(os.environ)
+        if (said := processes.join(os.environ)) and os.environ["RANK"] == "0":
+            print(said)
     elif (count := processes.world_size(os.environ)) > 1:
         raise errors.InputError(
             f"{count} processes were started (torchrun, srun), and this command works in one process: start it alone"

@@ -157,7 +157,7 @@ def teacher(args: argparse.Namespace) -> int:
 
 def compare(args: argparse.Namespace) -> int:
     from pixelgen_fast.compare import run, schema
-    from pixelgen_fast.engine.signals import REQUEUE
+    from pixelgen_fast.signals import REQUEUE
 
     page = run.run(schema.load(args.config, args.overrides, quick=args.quick))
     if page is None:

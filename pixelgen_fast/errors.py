@@ -33,6 +33,11 @@ def exit_code(error: Exception) -> int:
     return MEND if isinstance(error, UserError) or (not _began and isinstance(error, SET_UP)) else FAULT
 
 
+def stopped_line(name: str) -> str:
+    """What to print when a signal of this name ended a command."""
+    return f"pixelgen: stopped by {name}" + ("; what was done so far is kept" if _began else " before work had begun")
+
+
 def line(error: Exception) -> str:
     """What to print of it."""
     return f"pixelgen: error: {error}" + ("; work had begun, and what was saved stays" if _began else "")

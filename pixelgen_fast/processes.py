@@ -15,18 +15,20 @@ from pixelgen_fast.errors import InputError
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def join(environment: MutableMapping[str, str]) -> None:
-    """Complete the variables that PyTorch and DeepSpeed read. Raises InputError where they do not say enough."""
+def join(environment: MutableMapping[str, str]) -> str:
+    """Complete the variables that PyTorch and DeepSpeed read. Returns what to say of it, nothing where it is plain.
+
+    Raises InputError where they do not say enough.
+    """
     if "RANK" not in environment:
-        if world_size(environment) > 1:
-            _join_slurm(environment)
-        return
+        return _join_slurm(environment) if world_size(environment) > 1 else ""
     if missing := [name for name in NAMES if name not in environment]:
         raise InputError(
             f"RANK is {environment['RANK']} in the environment but {', '.join(missing)} not: set them as well, or "
             "unset RANK for a run of one process"
         )
     environment.setdefault("LOCAL_RANK", environment.get("SLURM_LOCALID", "0"))
+    return ""
 
 
 def world_size(environment: MutableMapping[str, str]) -> int:
@@ -36,7 +38,7 @@ def world_size(environment: MutableMapping[str, str]) -> int:
     return int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
 
 
-def _join_slurm(environment: MutableMapping[str, str]) -> None:
+def _join_slurm(environment: MutableMapping[str, str]) -> str:
     tasks = environment["SLURM_STEP_NUM_TASKS"]
     if int(environment.get("SLURM_STEP_NUM_NODES", "1")) > 1 and "MASTER_ADDR" not in environment:
         raise InputError(
@@ -48,3 +50,4 @@ def _join_slurm(environment: MutableMapping[str, str]) -> None:
     environment.setdefault("MASTER_ADDR", "127.0.0.1")
     # another port for each job, since jobs may share a machine
     environment.setdefault("MASTER_PORT", str(20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000))
+    return f"the {tasks} tasks of srun (SLURM_STEP_NUM_TASKS) are the ranks of one run"

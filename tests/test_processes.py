@@ -12,7 +12,8 @@ SRUN = {"SLURM_JOB_ID": "40007", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLU
 
 def joined(environment: dict[str, str]) -> dict[str, str]:
     environment = dict(environment)
-    join(environment)
+    said = join(environment)
+    assert ("tasks of srun" in said) == ("RANK" in environment and environment.get("SLURM_STEP_NUM_TASKS") == "2")
     return environment
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 from pixelgen_kernels.bodies import choose_body
 from tqdm import tqdm
@@ -18,9 +19,9 @@ from pixelgen_fast import errors
 from pixelgen_fast.compare.page import write_page
 from pixelgen_fast.compare.schema import Compare, run_config, run_folder, teacher_folder
 from pixelgen_fast.engine.assemble import resolve_device
-from pixelgen_fast.engine.signals import REQUEUE
 from pixelgen_fast.errors import UserError
 from pixelgen_fast.runs.folder import RunFolder
+from pixelgen_fast.signals import REQUEUE, StopRequest
 
 
 class CompareError(UserError, RuntimeError):
@@ -58,11 +59,24 @@ def run(compare: Compare) -> Path | None:
     return write_page(compare)
 
 
+def _finished(command: list[str], out: IO[str]) -> int:
+    """The exit code of a process; a signal to this one is passed on to it, so that it saves."""
+    with StopRequest() as stop, subprocess.Popen(command, stdout=out, stderr=out) as process:
+        told = False
+        while True:
+            try:
+                return process.wait(timeout=0.2)
+            except subprocess.TimeoutExpired:
+                if stop.requested and not told:
+                    process.terminate()
+                    told = True
+
+
 def _command(arguments: list[str], log: Path) -> bool:
     """Run `pixelgen ARGUMENTS` with its output in a file. False when a signal stopped it. Raises CompareError."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as out:
-        code = subprocess.run([sys.executable, "-m", "pixelgen_fast", *arguments], stdout=out, stderr=out).returncode
+        code = _finished([sys.executable, "-m", "pixelgen_fast", *arguments], out)
     if code == REQUEUE:
         return False
     if code:

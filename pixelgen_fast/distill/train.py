@@ -29,10 +29,10 @@ from pixelgen_fast.distill.learner import ARCHITECTURE, Learner, network_kwargs
 from pixelgen_fast.distill.schema import REPORT, TeacherConfig
 from pixelgen_fast.engine.memory import keep_freed_memory
 from pixelgen_fast.engine.metrics import Metrics
-from pixelgen_fast.engine.signals import StopRequest
 from pixelgen_fast.errors import InputError, UserError
 from pixelgen_fast.eval.curves import read_metrics, save_curves
 from pixelgen_fast.runs.folder import METRICS, RunFolder
+from pixelgen_fast.signals import StopRequest
 
 # What a stopped run leaves behind and the next one replaces.
 _OWN_FILES = {"teacher.yaml", METRICS, "curves.png", REPORT}

@@ -16,12 +16,17 @@ from pixelgen_fast import config as cfg
 from pixelgen_fast import models
 from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.engine.assemble import Parts
+from pixelgen_fast.engine.collectives import any_rank
 from pixelgen_fast.engine.metrics import Metrics, device_peak, memory_used
 from pixelgen_fast.engine.schedule import learning_rate
 from pixelgen_fast.eval.curves import read_metrics, save_curves
 from pixelgen_fast.eval.grid import save_grid
 from pixelgen_fast.runs.checkpoint import ema_key
 from pixelgen_fast.runs.draw import Generator, load_weights, strip_prefix
+
+
+class DrawingStopped(Exception):
+    """A signal to any rank ended the drawing of a grid."""
 
 
 class Report:
@@ -36,6 +41,7 @@ class Report:
         self.metrics = Metrics(parts.folder, parts.rank, nimg, parts.total, parts.config)
         self.losses = torch.zeros(2 + len(parts.objective.columns), device=parts.device)
         self.drawer: Generator | None = None
+        self.unwritten: dict[Path, Callable[[], object]] = {}
 
     def say(self, text: str) -> None:
         self.metrics.say(text)
@@ -74,46 +80,88 @@ class Report:
                 **({"returns": self.returns} if p.config.train.returns else {}),
             }
         )
+        self._try_again()
         return seconds
 
-    def grid(self, path: object, nimg: int) -> None:
-        """A labelled grid on fixed noise from the first average of the weights, drawn by rank 0. All ranks call it."""
-        p, s = self.parts, self.parts.config.sample
+    def grid(self, path: Path, nimg: int, requested: Callable[[], bool]) -> bool:
+        """A labelled grid on fixed noise from the first average of the weights, drawn by rank 0. All ranks call it.
+
+        requested: whether this rank was asked to stop; any rank's wish ends the drawing at the next pass through the
+        network. Returns whether the grid was drawn, the same on every rank.
+        """
+        p = self.parts
         weights = ema_key(p.config.optimizer.ema[0])
         state = p.engine.state_dict(weights, to=0)
-        if p.rank == 0:
-            if self.drawer is None:
-                model = models.build_model(p.built, len(p.classes)).eval()
-                self.drawer = Generator(model, p.config, p.classes, weights, nimg)
-            load_weights(self.drawer.model.cpu(), strip_prefix(state), "the average of this run")
-            self.drawer.model.to(p.device)
-            labels = torch.arange(min(s.grid_classes, len(p.classes))).repeat_interleave(s.grid_per_class)
-            images = self.drawer.draw(labels)
-            self.drawer.model.cpu()  # between grids its memory is the run's
-            names = [p.classes[int(y)] for y in labels[:: s.grid_per_class]]
-            self._keep(path, lambda: save_grid(images.numpy(), path, columns=s.grid_per_class, row_titles=names))
-        if p.world > 1:
-            dist.barrier()
 
-    def finish(self, nimg: int, seconds: float) -> None:
-        """The last grid, the curve, and where everything is."""
+        def agree(done: bool) -> bool:
+            stop, done = any_rank([requested(), done], p.engine.host_group)
+            if stop and not done:
+                raise DrawingStopped
+            return done
+
+        try:
+            if p.rank == 0:
+                images, labels = self._draw(state, weights, nimg, lambda: agree(False))
+                agree(True)
+                self._keep(path, lambda: self._save_grid(images, labels, path))
+            while p.rank and not agree(False):
+                pass
+        except DrawingStopped:
+            return False
+        return True
+
+    def _draw(
+        self, state: dict[str, Tensor], weights: str, nimg: int, before_pass: Callable[[], object]
+    ) -> tuple[Tensor, Tensor]:
+        """Images uint8 [N, S, S, 3] and their labels [N], some of each of the first classes."""
+        p, s = self.parts, self.parts.config.sample
+        if self.drawer is None:
+            model = models.build_model(p.built, len(p.classes)).eval()
+            self.drawer = Generator(model, p.config, p.classes, weights, nimg)
+        model = self.drawer.model
+        load_weights(model.cpu(), strip_prefix(state), "the average of this run")
+        model.to(p.device)
+        labels = torch.arange(min(s.grid_classes, len(p.classes))).repeat_interleave(s.grid_per_class)
+        try:
+            return self.drawer.draw(labels, before_pass=before_pass), labels
+        finally:
+            model.cpu()  # between grids its memory is the run's
+
+    def _save_grid(self, images: Tensor, labels: Tensor, path: Path) -> None:
+        columns = self.parts.config.sample.grid_per_class
+        names = [self.parts.classes[int(y)] for y in labels[::columns]]
+        save_grid(images.numpy(), path, columns=columns, row_titles=names)
+
+    def finish(self, nimg: int, seconds: float, requested: Callable[[], bool]) -> bool:
+        """The last grid, the curve, and where everything is. Returns False where a signal ended the drawing."""
         folder = self.parts.folder
-        self.grid(folder.final, nimg)
+        if not self.grid(folder.final, nimg, requested):
+            return False
         self.metrics.close()
         if self.parts.rank:
-            return
+            return True
         self._keep(folder.loss, lambda: save_curves(read_metrics(folder.metrics), folder.loss, title=folder.root.name))
+        self._try_again()
         print(
             f"done: {nimg:,} images in {seconds:.0f} s; samples {folder.final}, loss {folder.loss}, "
             f"weights {folder.checkpoints}. Next: pixelgen evaluate {folder.root}"
         )
+        return True
 
     def _keep(self, path: Path, write: Callable[[], object]) -> None:
-        """Write a picture. One that cannot be written is said to be missing, and costs nothing else."""
+        """Write a picture. One that cannot be written is said to be missing, costs nothing else, and is tried again."""
         try:
             write()
         except (OSError, ValueError) as error:
-            self.say(f"{path} is missing, the run goes on: {error}")
+            if path not in self.unwritten:
+                self.say(f"{path} is missing, the run goes on: {error}")
+            self.unwritten[path] = write
+        else:
+            self.unwritten.pop(path, None)
+
+    def _try_again(self) -> None:
+        for path, write in list(self.unwritten.items()):
+            self._keep(path, write)
 
     def close(self) -> None:
         self.metrics.close()

@@ -18,14 +18,15 @@ from pixelgen_fast import errors
 from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.dino.kept import keep_dino
 from pixelgen_fast.engine.assemble import assemble
+from pixelgen_fast.engine.collectives import any_rank
 from pixelgen_fast.engine.graph import capture
 from pixelgen_fast.engine.keeper import Keeper
 from pixelgen_fast.engine.report import Interval, Report
 from pixelgen_fast.engine.schedule import learning_rate
-from pixelgen_fast.engine.signals import REQUEUE, StopRequest, any_rank
 from pixelgen_fast.engine.step import training_step
 from pixelgen_fast.runs import checkpoint
 from pixelgen_fast.runs.owner import Owner
+from pixelgen_fast.signals import REQUEUE, StopRequest
 
 # what a checkpoint's tensors depend on, beside the section `model`
 FIXED = (
@@ -96,6 +97,8 @@ class Trainer:
         """The loop; None where the run is to go back to its last good checkpoint."""
         c, batch, total = self.config, self.config.train.global_batch, self.parts.total
         with self.loader:
+            if not self._draw_missing_grid():
+                return self._stopped()
             interval = Interval(self.nimg, self.loader)
             while self.nimg < total:
                 self.train_step()
@@ -113,13 +116,15 @@ class Trainer:
                         self._save(last=stop)
                 if stop:
                     return self._stopped()
-                if crossed(self.nimg, batch, c.sample.grid_every_images) and self.nimg < total:
+                if self._grid_is_due():
                     with interval.paused():
-                        self.report.grid(self.folder.samples(self.nimg), self.nimg)
+                        drawn = self._grid()
+                    if not drawn:
+                        return self._stopped()
             if not self._save(last=True):
                 raise self._failed()
-            self.report.finish(self.nimg, self.seconds)
-        return 0
+            done = self.report.finish(self.nimg, self.seconds, lambda: self.signals.requested)
+        return 0 if done else self._stopped()
 
     def train_step(self) -> None:
         """The step on the next images."""
@@ -166,6 +171,24 @@ class Trainer:
             f"{self.config.train.returns}; the learning rate is {self.config.train.return_lr**self.returns:g} times "
             "what optimizer says"
         )
+
+    def _grid_is_due(self) -> bool:
+        """Whether a grid belongs to this image; the one of the last image is drawn at the end."""
+        every = self.config.sample.grid_every_images
+        return crossed(self.nimg, self.config.train.global_batch, every) and self.nimg < self.parts.total
+
+    def _grid(self) -> bool:
+        """Draw this image's grid. Where a signal ends it, save, and return False: the resumed run draws it."""
+        drawn = self.report.grid(self.folder.samples(self.nimg), self.nimg, lambda: self.signals.requested)
+        if not drawn:
+            self._save(last=True)
+        return drawn
+
+    def _draw_missing_grid(self) -> bool:
+        """Draw the grid that a stop or a kill took after its image's checkpoint. Returns as `_grid`."""
+        missing = self.nimg > 0 and self._grid_is_due() and not self.folder.samples(self.nimg).exists()
+        # rank 0's look at the folder counts
+        return not any_rank([missing and self.rank == 0], self.engine.host_group)[0] or self._grid()
 
     def _save(self, last: bool) -> bool:
         """Write a checkpoint; returns whether there is one now or soon. None is written while steps are bad."""

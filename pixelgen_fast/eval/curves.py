@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from pixelgen_fast.atomic import replaced
+
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl, as one run without interruptions would have written them.
@@ -109,6 +111,6 @@ def save_curves(
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.suptitle(title)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.print_png(path)
+    with replaced(path) as work:
+        canvas.print_png(work)
     return path

@@ -15,6 +15,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from pixelgen_fast.atomic import replaced
+
 _BACKGROUND, _INK = (255, 255, 255), (40, 40, 40)
 _FONT_SIZE, _MARGIN = 14, 8
 
@@ -82,8 +84,8 @@ def save_grid(
     row_titles, column_titles: names of the rows (left) and columns (above), the classes as a rule; empty for none, else
     one each. title: a line above everything. gap: pixels of the file between images.
     scale: whole enlargement; None takes the smallest that makes an image at least 64 pixels wide and high.
-    Returns the path; its folder is made if need be. Raises ValueError for another dtype or shape, or titles that do not
-    match the rows or columns.
+    Returns the path; its folder is made if need be, and an earlier picture is replaced whole. Raises ValueError for
+    another dtype or shape, or titles that do not match the rows or columns.
     """
     images = _as_array(images)
     count, height, width, _ = images.shape
@@ -93,8 +95,8 @@ def save_grid(
 
     page = _draw(images, columns, row_titles, column_titles, title, gap, scale)
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    page.save(path, format="PNG")
+    with replaced(path) as work:
+        page.save(work, format="PNG")
     return path
 
 

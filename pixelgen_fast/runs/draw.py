@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -36,14 +36,23 @@ class Generator:
     weights: str
     nimg: int
 
-    def draw(self, labels: Tensor, *, first: int = 0, progress: bool = False, **changes: Any) -> Tensor:
+    def draw(self, labels: Tensor, **options: Any) -> Tensor:
         """Images of the given classes, uint8 [N, S, S, 3]; see `batches`."""
-        return torch.cat(list(self.batches(labels, first=first, progress=progress, **changes)))
+        return torch.cat(list(self.batches(labels, **options)))
 
-    def batches(self, labels: Tensor, *, first: int = 0, progress: bool = False, **changes: Any) -> Iterator[Tensor]:
+    def batches(
+        self,
+        labels: Tensor,
+        *,
+        first: int = 0,
+        progress: bool = False,
+        before_pass: Callable[[], object] = lambda: None,
+        **changes: Any,
+    ) -> Iterator[Tensor]:
         """Images of the given classes as they are drawn, uint8 [up to batch, S, S, 3] on the CPU.
 
         labels: int64 [N]. first: number of the first sample; sample n depends on (sample.seed, n) and its label alone.
+        before_pass: called before each pass through the network; what it raises ends the drawing.
         changes: what of `Sampling` differs from the configuration's.
         Raises ValueError for a label that is not a class.
         """
@@ -54,11 +63,16 @@ class Generator:
         s, o, size = self.config.sample, self.config.objective, self.config.data.image_size
         settings = {f.name: getattr(s, f.name) for f in fields(Sampling)} | changes
         like = next(self.model.parameters())
+
+        def network(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            before_pass()
+            return self.model(z.to(like.dtype), t, y)
+
         with tqdm(total=len(labels), desc="draw", unit="img", disable=not progress) as bar:
             # batch by batch, so that no more than one batch is ever held as floats
             for numbers in torch.arange(len(labels)).split(settings["batch"]):
                 images = sample(
-                    lambda z, t, y: self.model(z.to(like.dtype), t, y),
+                    network,
                     first + numbers,
                     labels[numbers],
                     shape=(3, size, size),

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from pixelgen_fast.atomic import replaced
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.eval.grid import save_grid
 from pixelgen_fast.runs.folder import names_a_folder
@@ -59,8 +60,8 @@ class DrawnFolder:
         for image in images:
             row, column = divmod(self.count, self.per_class)
             folder = self.root / self.classes[row]
-            folder.mkdir(exist_ok=True)
-            Image.fromarray(image).save(folder / f"{self.count:06d}.png")
+            with replaced(folder / f"{self.count:06d}.png") as work:
+                Image.fromarray(image).save(work, format="PNG")
             if row < GRID_ROWS and column < GRID_COLUMNS:
                 self.shown.append(image)
             self.count += 1

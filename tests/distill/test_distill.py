@@ -229,7 +229,7 @@ def test_a_stopped_run_says_so_and_starts_anew(
 ) -> None:
     command = ["teacher", CONFIG, *TINY, f"run.dir={tmp_path}", "train.images=64"]
     with monkeypatch.context() as patched:
-        patched.setattr("pixelgen_fast.engine.signals.StopRequest.requested", True)
+        patched.setattr("pixelgen_fast.signals.StopRequest.requested", True)
         assert main(command) == 2
     assert "after 16 of 64 images; run it again to start anew" in capsys.readouterr().err
     assert not (tmp_path / "teacher").exists()

@@ -22,10 +22,11 @@ from support.runs import DIGITS, newest, train
 from support.spoiled import Spoiled
 
 from pixelgen_fast.cli import main
-from pixelgen_fast.engine.signals import REQUEUE
+from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.runs import draw
 from pixelgen_fast.runs.checkpoint import checkpoints, read_state, read_weights
 from pixelgen_fast.runs.owner import OWNER, Owner
+from pixelgen_fast.signals import REQUEUE
 
 # An odd hidden size of the feed-forward layer (hidden 36: int(8/3 * 36) = 96) and 13 classes' worth of uneven shards.
 OWN = ("model.patch_depth=1", "data.flip=true", "optimizer.warmup_images=32", "optimizer.ema=[0.5,0.9]")

@@ -11,7 +11,8 @@ import sys
 import time
 
 from pixelgen_fast.data.dali import interrupts_ignored
-from pixelgen_fast.engine.signals import REQUEUE, StopRequest, any_rank
+from pixelgen_fast.engine.collectives import any_rank
+from pixelgen_fast.signals import REQUEUE, StopRequest
 
 IGNORES = "import signal; print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
 

@@ -1,18 +1,16 @@
 """Signals to a real process: what it does, and what it exits with."""
 
 import signal
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
-from pixelgen_fast.engine import signals
-from pixelgen_fast.engine.signals import REQUEUE, StopRequest, any_rank
+from pixelgen_fast import signals
+from pixelgen_fast.engine.collectives import any_rank
+from pixelgen_fast.signals import REQUEUE, StopAtOnce, Stopped, StopRequest
 
 WORKER = Path(__file__).with_name("signal_worker.py")
 
@@ -83,20 +81,14 @@ def test_handlers_are_put_back():
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
 
-def rank(number: int, port: int) -> None:
-    if dist.is_initialized():  # inherited by the fork from a test before this one
-        dist.destroy_process_group()
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
-    with StopRequest() as stop:
-        assert not any_rank([stop.requested])[0]
-        if number == 1:
+def test_work_that_has_nothing_to_save_is_ended_by_an_exception_that_no_handler_of_errors_takes():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped, match="^SIGTERM$"), StopAtOnce():
+        try:
+            with StopRequest() as stop:
+                signal.raise_signal(signal.SIGTERM)
+                assert stop.requested
             signal.raise_signal(signal.SIGTERM)
-        assert any_rank([stop.requested])[0], "rank 0 stops because rank 1 was asked"
-    dist.destroy_process_group()
-
-
-def test_all_ranks_agree():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.start_processes(rank, (port,), nprocs=2, start_method="fork")
+        except Exception:
+            pytest.fail("taken for an error")
+    assert signal.getsignal(signal.SIGTERM) == before

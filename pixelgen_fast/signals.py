@@ -1,11 +1,14 @@
-"""Stopping in good order: a signal asks, the training loop answers.
+"""Stopping in good order: signals ask, and there are two ways to answer.
 
-A handler only notes the wish. The loop asks `any_rank` after each step, so all ranks stop at the same one, saves, and
-exits with REQUEUE. A second SIGINT stops at once with KeyboardInterrupt.
+StopAtOnce    raises Stopped at the next line of Python: start-up, sampling, evaluation, whatever keeps what it has done
+StopRequest   notes the wish only; the training loop asks after each step, saves, and exits with REQUEUE
 
-Other processes: a forked child has the handlers too, but no loop to ask them, so in a child they restore the system's
-default and take effect. A spawned child starts with Python's own handlers and would die of the Ctrl-C that the terminal
-sends to the whole group: the loader starts its workers with SIGINT ignored.
+A command runs in the first, and its training loop in the second, inside it. A second SIGINT stops at once with
+KeyboardInterrupt.
+
+Other processes: a forked child has the handlers too, but nobody to ask them, so in a child they restore the system's
+default and take effect. A spawned child starts with Python's own handlers and would die of the signal that a terminal
+or a cluster sends to the whole group: the loader starts its workers with the SIGNALS ignored.
 Under torchrun, SIGTERM to the agent reaches every rank, which then has 30 seconds before SIGKILL.
 """
 
@@ -13,12 +16,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Sequence
 from types import FrameType
-
-import torch
-import torch.distributed as dist
+from typing import Self
 
 # sysexits.h EX_TEMPFAIL: stopped by a signal with everything saved; the same command goes on from there.
 REQUEUE = 75
@@ -28,8 +29,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 ECHO_SECONDS = 0.5
 
 
+class Stopped(BaseException):
+    """A signal ended the work, `str(stopped)` is its name. Like KeyboardInterrupt, it passes `except Exception`."""
+
+
 class StopRequest:
-    """Context manager that turns the SIGNALS into a wish to stop. Main thread only (Python's own rule).
+    """Context manager that turns the SIGNALS into a wish to stop. In other threads than the main one it hears none.
 
     SIGHUP stays ignored where it is already, as under `nohup`; a shell's background jobs ignore SIGINT, and are asked
     by it all the same.
@@ -42,9 +47,9 @@ class StopRequest:
         self._pid = os.getpid()
         self._previous: dict[int, signal.Handlers] = {}
 
-    def __enter__(self) -> StopRequest:
+    def __enter__(self) -> Self:
         self._pid = os.getpid()
-        for number in SIGNALS:
+        for number in SIGNALS if threading.current_thread() is threading.main_thread() else ():
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             self._previous[number] = signal.signal(number, self._note)
@@ -59,6 +64,10 @@ class StopRequest:
         """Whether this process has been asked to stop."""
         return self.name is not None
 
+    def ask(self, name: str) -> None:
+        """Ask without a signal; name: what stands in its place."""
+        self.name = self.name or name
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             signal.signal(number, signal.SIG_DFL)
@@ -69,18 +78,14 @@ class StopRequest:
             if self._interrupted is not None and now - self._interrupted > ECHO_SECONDS:
                 raise KeyboardInterrupt
             self._interrupted = self._interrupted or now
-        self.name = self.name or signal.Signals(number).name
+        self.ask(signal.Signals(number).name)
 
 
-def any_rank(wishes: Sequence[bool], group: dist.ProcessGroup | None = None) -> list[bool]:
-    """For each wish, whether any rank has it; all ranks must call it, with as many.
+class StopAtOnce(StopRequest):
+    """Context manager in which the first of the SIGNALS raises Stopped, so that files are closed and locks given up."""
 
-    One rank alone answers at once; more of them reduce over `group`, best a gloo group on a GPU machine
-    (`ZeroEngine.host_group`), since NCCL would make the host wait for the device.
-    """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(group) == 1:
-        return list(wishes)
-    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
-    flags = torch.tensor(wishes, dtype=torch.int32, device=device)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=group)
-    return [bool(flag) for flag in flags.tolist()]
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        first = not self.requested
+        super()._note(number, frame)
+        if first and self.requested:
+            raise Stopped(self.name)
