@@ -101,5 +101,8 @@ setup(
         "matplotlib",
     ],
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["pixelgen = pixelgen_fast.cli:main"]},
+    entry_points={
+        "console_scripts": ["pixelgen = pixelgen_fast.cli:main"],
+        "torchrun.handlers": ["pixelgen = pixelgen_fast.launcher:plug_in"],
+    },
 )

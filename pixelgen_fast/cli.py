@@ -12,7 +12,7 @@ import sys
 import traceback
 from typing import get_args
 
-from pixelgen_fast import commands, errors, processes
+from pixelgen_fast import commands, errors, launcher, processes
 from pixelgen_fast.settings import Solver
 from pixelgen_fast.signals import REQUEUE, StopAtOnce, Stopped
 
@@ -37,10 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     errors.begin(False)
     with StopAtOnce():
         try:
-            return _run(args)
+            code = _run(args)
         except Stopped as stopped:
             print(errors.stopped_line(str(stopped)), file=sys.stderr)
-            return REQUEUE
+            code = REQUEUE
+    launcher.leave(code)
+    return code
 
 
 def _run(args: argparse.Namespace) -> int:
