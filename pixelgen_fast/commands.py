@@ -23,9 +23,12 @@ def train(args: argparse.Namespace) -> int:
     config = cfg.load(args.config, args.overrides, models.model_schema)
     if args.dry_run:
         return dry_run(config)
-    from pixelgen_fast.engine.trainer import Trainer
+    from pixelgen_fast.engine.heartbeat import Heartbeat
 
-    return Trainer(config).run()
+    with Heartbeat(config.run.rank_limit, config.run.stuck_limit) as heart:
+        from pixelgen_fast.engine.trainer import Trainer
+
+        return Trainer(config, heart).run()
 
 
 def dry_run(config: cfg.Config) -> int:

@@ -44,6 +44,10 @@ class Run:
     resume: str | None = None
     # weights to start a new run from: safetensors written by `pixelgen export` or `pixelgen import`
     init: str | None = None
+    # of several ranks: seconds without a sign of life after which one is lost, and in which the slowest part of a run
+    # ends; a run whose rank is lost, or that is stuck, ends with a line that names the rank
+    rank_limit: float = above(0, default=60.0)
+    stuck_limit: float = above(0, default=1800.0)
 
 
 @dataclass

@@ -7,12 +7,14 @@ UserError is a fault of the program: it keeps its traceback and has another code
 
 from __future__ import annotations
 
-MEND, FAULT = 2, 70  # exit codes: usage, and sysexits.h EX_SOFTWARE
+MEND, LOST, FAULT = 2, 69, 70  # exit codes: usage, and sysexits.h EX_UNAVAILABLE, EX_SOFTWARE
 SET_UP = (ValueError, OSError, RuntimeError, ImportError)
 
 
 class UserError(Exception):
-    """The message names the value, the place and the fix."""
+    """The message names the value, the place and the fix. `code`: what the process ends with."""
+
+    code = MEND
 
 
 class InputError(UserError, ValueError):
@@ -29,8 +31,10 @@ def begin(working: bool = True) -> None:
 
 
 def exit_code(error: Exception) -> int:
-    """MEND for an error to be shown as one line, FAULT for one with its traceback."""
-    return MEND if isinstance(error, UserError) or (not _began and isinstance(error, SET_UP)) else FAULT
+    """FAULT for an error with its traceback; another code for one to be shown as one line, MEND as a rule."""
+    if isinstance(error, UserError):
+        return error.code
+    return MEND if not _began and isinstance(error, SET_UP) else FAULT
 
 
 def stopped_line(name: str) -> str:

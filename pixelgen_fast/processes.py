@@ -8,7 +8,10 @@ none of them              one process
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
+import itertools
+import os
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
 
 from pixelgen_fast.errors import InputError
 
@@ -36,6 +39,32 @@ def world_size(environment: MutableMapping[str, str]) -> int:
     if "RANK" in environment:
         return int(environment.get("WORLD_SIZE", "1"))
     return int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
+
+
+def lineage(environment: Mapping[str, str]) -> list[int]:
+    """This process, its parent and so on to the launcher that a person started; empty where it needs none to live on.
+
+    DeepSpeed puts a process of its own between the two.
+    """
+    generations = 1 if "TORCHELASTIC_RUN_ID" in environment else 2 if "CROSS_RANK" in environment else 0
+    found = [os.getpid()] if generations else []
+    for _ in range(generations):
+        found.append(_parent(found[-1]))
+    return found
+
+
+def orphaned(family: Sequence[int]) -> bool:
+    """Whether one of a lineage has died: its child then has another parent."""
+    return any(_parent(child) != parent for child, parent in itertools.pairwise(family))
+
+
+def _parent(process: int) -> int:
+    """The parent of a process; 0 for a process that is gone."""
+    try:
+        about = Path(f"/proc/{process}/stat").read_text()
+    except OSError:
+        return 0
+    return int(about.rpartition(")")[2].split()[1])  # a name in parentheses comes before, and may hold anything
 
 
 def _join_slurm(environment: MutableMapping[str, str]) -> str:

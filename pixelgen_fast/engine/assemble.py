@@ -22,6 +22,7 @@ from pixelgen_fast.dino.kept import with_kept_dino
 from pixelgen_fast.engine import zero
 from pixelgen_fast.engine.alignment import build_alignment
 from pixelgen_fast.engine.graph import check_graph
+from pixelgen_fast.engine.heartbeat import Heartbeat
 from pixelgen_fast.engine.memory import keep_freed_memory
 from pixelgen_fast.engine.metrics import forward_flops
 from pixelgen_fast.engine.objective import FlowMatching
@@ -72,21 +73,25 @@ class Parts:
         return Order(self.config.run.seed, t.global_batch, t.micro_batch, self.rank, self.world, start)
 
 
-def assemble(config: cfg.Config) -> Parts:
-    """Join the processes of a run and build its parts.
+def assemble(config: cfg.Config, heart: Heartbeat) -> Parts:
+    """Join the processes of a run and build its parts. heart: of this rank.
 
     Raises UserError for settings and data that do not fit, FileNotFoundError for a missing root.
     """
     device, precision = resolve_device(config)
     if device.type == "cpu":
         keep_freed_memory()
-    rank, world, local_rank = zero.init_distributed(device)
+    heart.at("meeting the others")
+    # a stuck rank is named before a collective gives up
+    rank, world, local_rank = zero.init_distributed(device, heart.store, 1.5 * config.run.stuck_limit)
     if device.type == "cuda":
         device = torch.device("cuda", local_rank)
     accumulation = cfg.check_world(config, world)
     folder = RunFolder(Path(config.run.dir))
+    heart.at("reading the data set")
     index = open_root(config.data.root, expected_classes=config.data.num_classes)
 
+    heart.at("building the model")
     # once there is a checkpoint, the copy of a DINO that was made for it is the one that goes with it
     begun = checkpoint.checkpoints(folder.checkpoints)
     built = with_kept_dino(config, folder.root) if begun else config

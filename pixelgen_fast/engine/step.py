@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,22 +21,29 @@ class Engine(Protocol):
 
 
 def training_step(
-    engine: Engine, objective: FlowMatching, batches: Sequence[Batch], first_numbers: Sequence[int]
+    engine: Engine,
+    objective: FlowMatching,
+    batches: Sequence[Batch],
+    first_numbers: Sequence[int],
+    at: Callable[[str], object] = lambda part: None,
 ) -> Tensor:
     """One optimizer step on the micro-batches of this rank. Nothing here waits for the device.
 
     objective: the module that the engine trains. first_numbers: the number of each micro-batch's first image, which
-    seeds the dropout of a model that has it.
+    seeds the dropout of a model that has it. at: told which part of the step begins.
     Returns float32 [2 + parts], on the device: how many micro-batches had a finite loss, the sum of their losses, and
     of each part of it where there are several.
     """
     sums = torch.zeros(2 + len(objective.columns), device=batches[0].images.device)
     for batch, number in zip(batches, first_numbers, strict=True):
         objective.seed_dropout(number)
+        at("forward")
         loss = engine(batch.images, batch.labels, batch.numbers)
         finite = torch.isfinite(loss.detach())
+        at("backward")
         # A loss that is not finite must not pass as a step, even if its gradient happens to be.
         engine.backward(loss * torch.where(finite, 1.0, torch.nan))
+        at("optimizer")
         engine.step()
         losses = [torch.ones_like(loss), loss.detach(), *(objective.parts[name] for name in objective.columns)]
         sums += torch.where(finite, torch.stack(losses), 0.0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from pixelgen_fast.dino.kept import keep_dino
 from pixelgen_fast.engine.assemble import assemble
 from pixelgen_fast.engine.collectives import any_rank
 from pixelgen_fast.engine.graph import capture
+from pixelgen_fast.engine.heartbeat import Heartbeat
 from pixelgen_fast.engine.keeper import Keeper
 from pixelgen_fast.engine.report import Interval, Report
 from pixelgen_fast.engine.schedule import learning_rate
@@ -50,8 +52,10 @@ class Trainer:
     missing root, CheckpointError for what cannot be resumed, TrainingError for a full disk.
     """
 
-    def __init__(self, config: cfg.Config) -> None:
-        self.config, self.parts = config, assemble(config)
+    def __init__(self, config: cfg.Config, heart: Heartbeat | None = None) -> None:
+        """heart: of this rank, beating; None in a run of one process."""
+        self.heart = heart or Heartbeat()
+        self.config, self.parts = config, assemble(config, self.heart)
         self.engine, self.folder, self.rank = self.parts.engine, self.parts.folder, self.parts.rank
         self.nimg, self.seconds, self.returns, self.due = 0, 0.0, 0, False
         say = lambda text: self.report.say(text)  # noqa: E731  (a return to a checkpoint makes another report)
@@ -59,11 +63,13 @@ class Trainer:
         self.owner = Owner(self.folder.root)
         with ExitStack() as on_failure:
             on_failure.callback(self.owner.close)
+            self.heart.at("reading the last checkpoint")
             self._claim()
             if config.train.cuda_graph:
                 capture(self.parts.objective, config.train.micro_batch, config.data.image_size, self.parts.device)
             if self.rank == 0:
                 keep_dino(self.folder.root, self.parts.built)
+            self.heart.at("starting the report and the loader")
             self._begin()
             on_failure.pop_all()
         self.signals = StopRequest()
@@ -108,6 +114,7 @@ class Trainer:
                 if failed:
                     raise self._failed()
                 if crossed(self.nimg, batch, c.log.every_images) or self.nimg >= total:
+                    self.heart.at("writing metrics")
                     self.seconds += self.report.row(self.nimg, interval, self.loader)
                     interval = Interval(self.nimg, self.loader)
                 self.due = self.due or again or crossed(self.nimg, batch, c.save.every_images)
@@ -123,23 +130,28 @@ class Trainer:
                         return self._stopped()
             if not self._save(last=True):
                 raise self._failed()
-            done = self.report.finish(self.nimg, self.seconds, lambda: self.signals.requested)
+            self.heart.at("drawing the last grid")
+            done = self.report.finish(self.nimg, self.seconds, self._asked)
         return 0 if done else self._stopped()
 
     def train_step(self) -> None:
         """The step on the next images."""
         batch, train = self.config.train.global_batch, self.config.train
+        self.heart.step(self.nimg // batch + 1)
+        self.heart.at("waiting for images")
         rate = learning_rate(self.config.optimizer, self.nimg, self.parts.total)
         self.engine.set_lr(rate * train.return_lr**self.returns)
         numbers = range(self.micro_batches, self.micro_batches + self.order.accumulation)
         batches = [next(self.loader) for _ in numbers]
-        losses = training_step(self.engine, self.parts.objective, batches, [self.order.first(q) for q in numbers])
+        first, at = [self.order.first(q) for q in numbers], partial(self.heart.at, patient=False)
+        losses = training_step(self.engine, self.parts.objective, batches, first, at)
         self.micro_batches, self.nimg = numbers.stop, self.nimg + batch
         self.report.add(batch, losses)
         self.keeper.step(losses, self.nimg - batch, self.nimg)
 
     def _wishes(self) -> list[bool]:
         """Of any rank: to stop here, to give up after too many bad steps in a row, to try a checkpoint again."""
+        self.heart.at("agreeing to go on", patient=False)
         wishes = [self.signals.requested, self.keeper.failing, self.keeper.retrying]
         return any_rank(wishes, self.engine.host_group)
 
@@ -179,10 +191,16 @@ class Trainer:
 
     def _grid(self) -> bool:
         """Draw this image's grid. Where a signal ends it, save, and return False: the resumed run draws it."""
-        drawn = self.report.grid(self.folder.samples(self.nimg), self.nimg, lambda: self.signals.requested)
+        self.heart.at("drawing a grid")
+        drawn = self.report.grid(self.folder.samples(self.nimg), self.nimg, self._asked)
         if not drawn:
             self._save(last=True)
         return drawn
+
+    def _asked(self) -> bool:
+        """Whether this rank was asked to stop; being asked shows that it gets on."""
+        self.heart.moved()
+        return self.signals.requested
 
     def _draw_missing_grid(self) -> bool:
         """Draw the grid that a stop or a kill took after its image's checkpoint. Returns as `_grid`."""
@@ -192,6 +210,7 @@ class Trainer:
 
     def _save(self, last: bool) -> bool:
         """Write a checkpoint; returns whether there is one now or soon. None is written while steps are bad."""
+        self.heart.at("saving a checkpoint")
         state = {
             "config": cfg.to_dict(self.config),
             "classes": self.parts.classes,

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pixelgen_fast.engine import masters
+from pixelgen_fast.engine import group, masters
 from pixelgen_fast.engine.optimizer import SKIPPED, SKIPPED_IN_A_ROW, AdamWEMA
 from pixelgen_fast.runs.checkpoint import ema_key
 
@@ -55,11 +55,12 @@ deepspeed.ops.__compatible_ops__ = {}
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
-def init_distributed(device: torch.device | str) -> tuple[int, int, int]:
-    """Join the run's processes: (rank, world size, local rank). Gloo on CPU, NCCL on GPU.
+def init_distributed(
+    device: torch.device | str, store: dist.Store | None = None, seconds: float = 1800.0
+) -> tuple[int, int, int]:
+    """Join the run's processes as `group.join` does: (rank, world size, local rank).
 
-    Under torchrun or DeepSpeed's launcher the environment says who we are; without one this is a run of one process,
-    which needs no port. A second call returns the same. Raises ValueError if DeepSpeed was imported for another device.
+    Raises ValueError if DeepSpeed was imported for another device.
     """
     device = torch.device(device)
     if get_accelerator().device_name().split(":")[0] != device.type:
@@ -67,16 +68,7 @@ def init_distributed(device: torch.device | str) -> tuple[int, int, int]:
             f"DeepSpeed was imported for {get_accelerator().device_name()!r}, but the run is on {device.type!r}; set "
             f"DS_ACCELERATOR={device.type} in the environment before starting"
         )
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ:
-            if device.type == "cuda":
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group(backend)
-        else:
-            os.environ.setdefault("LOCAL_RANK", "0")
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    return dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"])
+    return group.join(device, store, seconds)
 
 
 @dataclass(frozen=True)

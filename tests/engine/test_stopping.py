@@ -18,6 +18,7 @@ from support.runs import train as small_run
 from pixelgen_fast import commands
 from pixelgen_fast.cli import main
 from pixelgen_fast.engine import report
+from pixelgen_fast.errors import LOST
 from pixelgen_fast.runs.checkpoint import read_state
 from pixelgen_fast.runs.drawn import DrawnFolder
 from pixelgen_fast.signals import REQUEUE
@@ -124,3 +125,16 @@ def test_a_picture_without_room_is_written_later(
     assert "000000000032.png is missing, the run goes on" in capfd.readouterr().out
     assert refused == [tmp_path / "samples" / "000000000032.png"] and refused[0].is_file()
     assert len(json.loads((tmp_path / "classes.json").read_text())) == 10
+
+
+def test_a_rank_that_is_stopped_ends_the_run_with_its_name(tmp_path: Path) -> None:
+    ranks = start(train(tmp_path, 16_000_000, "run.rank_limit=3"), 2)
+    try:
+        wait_for_row(tmp_path, 32, ranks[0])
+        ranks[1].send_signal(signal.SIGSTOP)
+        said = ranks[0].communicate(timeout=LIMIT_SECONDS)[0]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert ranks[0].returncode == LOST, said
+    assert f"process {ranks[1].pid}) has given no sign of life for" in said and "last in step" in said

@@ -1,0 +1,40 @@
+"""The process group of a run: where its ranks meet, and how they join."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+
+def meet(seconds: float) -> dist.Store | None:
+    """The store at which the ranks of a launcher meet; None in a process that has no launcher.
+
+    Raises RuntimeError where it is not there within so many seconds.
+    """
+    if "RANK" not in os.environ:
+        return None
+    store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    return store
+
+
+def join(device: torch.device, store: dist.Store | None = None, seconds: float = 1800.0) -> tuple[int, int, int]:
+    """Join the run's processes: (rank, world size, local rank). Gloo on CPU, NCCL on GPU.
+
+    Under torchrun or DeepSpeed's launcher the environment says who we are; without one this is a run of one process,
+    which needs no port. A second call returns the same. store: what `meet` gave. seconds: which a collective may take.
+    """
+    if not dist.is_initialized():
+        rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        os.environ.setdefault("LOCAL_RANK", "0")
+        if "RANK" in os.environ:
+            store = dist.PrefixStore("ranks", store or meet(seconds))
+            if device.type == "cuda":
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        else:
+            store, rank, world = dist.HashStore(), 0, 1
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=seconds))
+    return dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"])
