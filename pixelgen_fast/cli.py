@@ -62,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _check_processes(args: argparse.Namespace) -> None:
     """Name this process where it is one of several. Raises InputError for a command that works in one."""
-    if args.command is commands.train:
+    if args.command in (commands.train, commands.sample, commands.evaluate):
         if args.local_rank is not None:
             os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
         if (said := processes.join(os.environ)) and os.environ["RANK"] == "0":
@@ -204,7 +204,7 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--shift", type=float, help="time shift; above 1 spends more steps near the noise")
     parser.add_argument("--seed", type=int, help="seed of the initial noise")
-    parser.add_argument("--batch", type=int, help="images drawn at once; does not change them")
+    parser.add_argument("--batch", type=int, help="images drawn at once; what several processes share out")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
 
 

@@ -7,12 +7,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast import errors
+from pixelgen_fast.atomic import replaced
 from pixelgen_fast.runs.folder import RunFolder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from pixelgen_fast.engine.team import Team
+    from pixelgen_fast.eval.digits import DigitsReport
+    from pixelgen_fast.eval.fid import FidReport
 
 _SAMPLING = [field.name for field in fields(cfg.Sampling)]
 
@@ -53,64 +63,93 @@ def dry_run(config: cfg.Config) -> int:
 
 
 def sample(args: argparse.Namespace) -> int:
+    from pixelgen_fast.engine.heartbeat import Heartbeat
+    from pixelgen_fast.engine.team import Team
+
+    if args.per_class < 1:
+        raise errors.InputError(f"--per-class is {args.per_class}; it must be at least 1")
+    with Heartbeat() as heart:
+        _sample(args, Team(heart))
+    return 0
+
+
+def _sample(args: argparse.Namespace, team: Team) -> None:
     import torch
 
     from pixelgen_fast.runs import draw
     from pixelgen_fast.runs.drawn import DrawnFolder
 
-    if args.per_class < 1:
-        raise errors.InputError(f"--per-class is {args.per_class}; it must be at least 1")
     changes = _sampling(args)
     out = DrawnFolder(Path(args.out).expanduser() if args.out else RunFolder(Path(args.run)).generated)
-    out.check(args.overwrite)
+    team.first(lambda: out.check(args.overwrite))
     loaded = draw.load(args.run, args.weights, _device(args))
     chosen = _class_numbers(args.classes, loaded.classes)
     labels = torch.tensor(chosen).repeat_interleave(args.per_class)
-    out.begin([loaded.classes[c] for c in chosen], args.per_class)
-    for images in loaded.batches(labels, progress=True, **changes):
-        out.write(images.numpy())
-    print(out.finish())
-    return 0
+    out.describe([loaded.classes[c] for c in chosen], args.per_class)
+    team.first(out.begin)
+    for numbers, images in loaded.batches(labels, **team.drawing(), **changes):
+        out.write(numbers.tolist(), images.numpy())
+    if shown := team.gather(out.shown):
+        print(out.finish({number: image for part in shown for number, image in part.items()}))
 
 
 def evaluate(args: argparse.Namespace) -> int:
+    from pixelgen_fast.engine.heartbeat import Heartbeat
+    from pixelgen_fast.engine.team import Team
+
+    if args.samples is not None and args.samples < 2:
+        raise errors.InputError(f"--samples is {args.samples}; it must be at least 2")
+    with Heartbeat() as heart:
+        _evaluate(args, Team(heart))
+    return 0
+
+
+def _evaluate(args: argparse.Namespace, team: Team) -> None:
     import torch
 
     from pixelgen_fast.runs import draw
 
     changes = _sampling(args)
-    if args.samples is not None and args.samples < 2:
-        raise errors.InputError(f"--samples is {args.samples}; it must be at least 2")
     loaded = draw.load(args.run, args.weights, _device(args))
     digits = loaded.config.data.root == "digits"
     count = args.samples or (1000 if digits else 50_000)
     # Equal numbers of every class: random labels cost about 0.1 FID.
     labels = torch.arange(count) % len(loaded.classes)
-    if not digits and args.reference is None:
-        raise errors.InputError(
-            "evaluating images other than the digits needs --reference, a folder of images or a statistics .npz"
-        )
     if not digits:
-        from pixelgen_fast.eval.fid import check_reference
-
-        check_reference(args.reference, weights=args.inception)
-    images = loaded.draw(labels, progress=True, **changes)
-    if digits:
-        from pixelgen_fast.eval.digits import evaluate_digits
-
-        report = evaluate_digits(images, labels)
-    else:
-        from pixelgen_fast.eval.fid import evaluate_fid
-
-        report = evaluate_fid(images, args.reference, weights=args.inception, device=_device(args), progress=True)
+        team.first(lambda: _check_reference(args))
     settings = {name: getattr(loaded.config.sample, name) for name in _SAMPLING} | changes
+    images = team.collect(loaded.batches(labels, **team.drawing(), **changes), count, settings["batch"])
+    if images is None:
+        return
+    report = _judge(images, labels, digits, args)
     del settings["batch"]  # the images do not depend on it
     settings |= {"weights": loaded.weights, "nimg": loaded.nimg}
     print(f"{args.run}: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
     print("\n".join(report.lines()))
     out = Path(args.out).expanduser() if args.out else RunFolder(Path(args.run)).evaluation
-    out.write_text(json.dumps({"settings": settings, "report": report.as_dict()}, indent=2) + "\n")
-    return 0
+    with replaced(out) as work:
+        work.write_text(json.dumps({"settings": settings, "report": report.as_dict()}, indent=2) + "\n")
+
+
+def _check_reference(args: argparse.Namespace) -> None:
+    """Raise what can be said of the reference before images are drawn."""
+    from pixelgen_fast.eval.fid import check_reference
+
+    if args.reference is None:
+        raise errors.InputError(
+            "evaluating images other than the digits needs --reference, a folder of images or a statistics .npz"
+        )
+    check_reference(args.reference, weights=args.inception)
+
+
+def _judge(images: Tensor, labels: Tensor, digits: bool, args: argparse.Namespace) -> DigitsReport | FidReport:
+    if digits:
+        from pixelgen_fast.eval.digits import evaluate_digits
+
+        return evaluate_digits(images, labels)
+    from pixelgen_fast.eval.fid import evaluate_fid
+
+    return evaluate_fid(images, args.reference, weights=args.inception, device=_device(args), progress=True)
 
 
 def export(args: argparse.Namespace) -> int:
@@ -213,13 +252,15 @@ def kernels_warmup(args: argparse.Namespace) -> int:
 
 
 def _device(args: argparse.Namespace) -> str:
-    """Where to draw. Raises ValueError where the operators that were asked for cannot run there."""
+    """Where to draw: of several GPUs, the one of this rank. Raises ValueError where the operators cannot run there."""
     from pixelgen_kernels.bodies import choose_body
 
     from pixelgen_fast.device import choose_device
 
     device = choose_device(args.device or "auto")
     choose_body(device.type)
+    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
+        return f"cuda:{os.environ['LOCAL_RANK']}"
     return str(device)
 
 

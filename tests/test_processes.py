@@ -52,5 +52,5 @@ def test_a_rank_that_is_left_over_is_refused() -> None:
 def test_what_works_in_one_process_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    assert main(["sample", "run"]) == 2
+    assert main(["export", "run", "out"]) == 2
     assert "4 processes were started" in capsys.readouterr().err

@@ -38,7 +38,7 @@ class Generator:
 
     def draw(self, labels: Tensor, **options: Any) -> Tensor:
         """Images of the given classes, uint8 [N, S, S, 3]; see `batches`."""
-        return torch.cat(list(self.batches(labels, **options)))
+        return torch.cat([images for _, images in self.batches(labels, **options)])
 
     def batches(
         self,
@@ -47,12 +47,14 @@ class Generator:
         first: int = 0,
         progress: bool = False,
         before_pass: Callable[[], object] = lambda: None,
+        share: tuple[int, int] = (0, 1),
         **changes: Any,
-    ) -> Iterator[Tensor]:
-        """Images of the given classes as they are drawn, uint8 [up to batch, S, S, 3] on the CPU.
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Images of the given classes as they are drawn: places among labels int64 [n], and uint8 [n, S, S, 3], on CPU.
 
         labels: int64 [N]. first: number of the first sample; sample n depends on (sample.seed, n) and its label alone.
         before_pass: called before each pass through the network; what it raises ends the drawing.
+        share: (r, W) draws every W-th batch from the r-th on.
         changes: what of `Sampling` differs from the configuration's.
         Raises ValueError for a label that is not a class.
         """
@@ -68,9 +70,10 @@ class Generator:
             before_pass()
             return self.model(z.to(like.dtype), t, y)
 
-        with tqdm(total=len(labels), desc="draw", unit="img", disable=not progress) as bar:
-            # batch by batch, so that no more than one batch is ever held as floats
-            for numbers in torch.arange(len(labels)).split(settings["batch"]):
+        # batch by batch, so that no more than one batch is ever held as floats
+        shared = torch.arange(len(labels)).split(settings["batch"])[share[0] :: share[1]]
+        with tqdm(total=sum(map(len, shared)), desc="draw", unit="img", disable=not progress) as bar:
+            for numbers in shared:
                 images = sample(
                     network,
                     first + numbers,
@@ -85,7 +88,7 @@ class Generator:
                 )
                 errors.begin()
                 bar.update(len(numbers))
-                yield to_uint8(images).cpu()
+                yield numbers, to_uint8(images).cpu()
 
 
 def load(path: str | Path, weights: str | None = None, device: torch.device | str = "cpu") -> Generator:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,14 +24,13 @@ GRID_ROWS, GRID_COLUMNS = 32, 16
 
 
 class DrawnFolder:
-    """check, begin, write every batch, finish."""
+    """check, describe, begin, write every batch, finish. Of several processes one checks, begins and finishes."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.earlier = root, _earlier(root / LIST)
         self.classes: list[str] = []
         self.per_class = 0
-        self.count = 0
-        self.shown: list[np.ndarray] = []
+        self.shown: dict[int, np.ndarray] = {}
 
     def check(self, overwrite: bool) -> None:
         """Raise InputError where the folder holds something, but with `overwrite` images of an earlier command."""
@@ -46,32 +46,36 @@ class DrawnFolder:
                 "them with --overwrite"
             )
 
-    def begin(self, classes: list[str], per_class: int) -> None:
-        """Remove an earlier command's images and take the folder. classes: in the order in which images come."""
+    def describe(self, classes: list[str], per_class: int) -> None:
+        """What will be drawn. classes: in the order in which images come."""
+        self.classes, self.per_class = classes, per_class
+
+    def begin(self) -> None:
+        """Remove an earlier command's images and take the folder."""
         for name in self.earlier:
             shutil.rmtree(self.root / name, ignore_errors=True)
         (self.root / GRID).unlink(missing_ok=True)
         self.root.mkdir(parents=True, exist_ok=True)
-        self.classes, self.per_class = classes, per_class
-        (self.root / LIST).write_text(json.dumps({"classes": classes, "per_class": per_class}, indent=1) + "\n")
+        about = {"classes": self.classes, "per_class": self.per_class}
+        (self.root / LIST).write_text(json.dumps(about, indent=1) + "\n")
 
-    def write(self, images: np.ndarray) -> None:
-        """The next images, uint8 [N, H, W, 3]."""
-        for image in images:
-            row, column = divmod(self.count, self.per_class)
-            folder = self.root / self.classes[row]
-            with replaced(folder / f"{self.count:06d}.png") as work:
+    def write(self, numbers: Iterable[int], images: np.ndarray) -> None:
+        """Images uint8 [N, H, W, 3] and their numbers [N]."""
+        for number, image in zip(numbers, images, strict=True):
+            row, column = divmod(number, self.per_class)
+            with replaced(self.root / self.classes[row] / f"{number:06d}.png") as work:
                 Image.fromarray(image).save(work, format="PNG")
             if row < GRID_ROWS and column < GRID_COLUMNS:
-                self.shown.append(image)
-            self.count += 1
+                self.shown[number] = image
 
-    def finish(self) -> str:
-        """Write the grid. Returns a line that says what is where."""
+    def finish(self, shown: dict[int, np.ndarray]) -> str:
+        """Write the grid. shown: of all processes. Returns a line that says what is where."""
         rows, columns = self.classes[:GRID_ROWS], min(self.per_class, GRID_COLUMNS)
-        grid = save_grid(np.stack(self.shown), self.root / GRID, columns=columns, row_titles=rows)
-        part = "all" if len(self.shown) == self.count else f"{len(self.shown):,}"
-        return f"{self.count:,} images in {self.root}, {part} of them on {grid}"
+        images = np.stack([shown[number] for number in sorted(shown)])
+        grid = save_grid(images, self.root / GRID, columns=columns, row_titles=rows)
+        count = len(self.classes) * self.per_class
+        part = "all" if len(shown) == count else f"{len(shown):,}"
+        return f"{count:,} images in {self.root}, {part} of them on {grid}"
 
 
 def _earlier(path: Path) -> list[str]:

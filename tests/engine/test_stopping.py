@@ -1,17 +1,15 @@
 """Signals outside the training step: at the start, while a grid is drawn, while images are sampled."""
 
 import json
-import os
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from support.ranks import start_ranks
 from support.runs import newest
 from support.runs import train as small_run
 
@@ -33,17 +31,6 @@ def train(folder: Path, images: int, *overrides: str) -> list[str]:
     return small_run(folder, images, *SHORT, *overrides)
 
 
-def start(arguments: list[str], world: int = 1) -> list[subprocess.Popen]:
-    """The ranks of a run, as processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        meeting = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
-    command = [sys.executable, "-m", "pixelgen_fast", *arguments]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    base = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | meeting
-    return [subprocess.Popen(command, env=base | {"RANK": str(r), "LOCAL_RANK": str(r)}, **pipes) for r in range(world)]
-
-
 def wait_for_row(folder: Path, nimg: int, process: subprocess.Popen) -> None:
     metrics, end = folder / "metrics.jsonl", time.monotonic() + LIMIT_SECONDS
     while not metrics.exists() or f'"nimg": {nimg},' not in metrics.read_text():
@@ -54,7 +41,7 @@ def wait_for_row(folder: Path, nimg: int, process: subprocess.Popen) -> None:
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_grid_that_a_signal_ended_is_drawn_on_resuming(tmp_path: Path, world: int) -> None:
     """The signal goes to the last rank, which does not draw: all of them stop, and what is there is saved."""
-    ranks = start(train(tmp_path, 64, *GRIDS, FOREVER), world)
+    ranks = start_ranks(train(tmp_path, 64, *GRIDS, FOREVER), world)
     try:
         wait_for_row(tmp_path, 32, ranks[0])
         ranks[-1].send_signal(signal.SIGTERM)
@@ -94,9 +81,9 @@ def test_what_was_sampled_before_a_signal_stays(
     assert main(train(tmp_path / "run", 16)) == 0
     write = DrawnFolder.write
 
-    def interrupted(folder: DrawnFolder, images: np.ndarray) -> None:
-        write(folder, images)
-        if folder.count == 4:
+    def interrupted(folder: DrawnFolder, numbers: list[int], images: np.ndarray) -> None:
+        write(folder, numbers, images)
+        if len(folder.shown) == 4:
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(DrawnFolder, "write", interrupted)
@@ -128,7 +115,7 @@ def test_a_picture_without_room_is_written_later(
 
 
 def test_a_rank_that_is_stopped_ends_the_run_with_its_name(tmp_path: Path) -> None:
-    ranks = start(train(tmp_path, 16_000_000, "run.rank_limit=3"), 2)
+    ranks = start_ranks(train(tmp_path, 16_000_000, "run.rank_limit=3"), 2)
     try:
         wait_for_row(tmp_path, 32, ranks[0])
         ranks[1].send_signal(signal.SIGSTOP)

@@ -20,10 +20,12 @@ def images(count: int) -> np.ndarray:
 def written(root: Path, classes: list[str], per_class: int, overwrite: bool = False) -> str:
     folder = DrawnFolder(root)
     folder.check(overwrite)
-    folder.begin(classes, per_class)
-    for batch in np.array_split(images(len(classes) * per_class), 3):
-        folder.write(batch)
-    return folder.finish()
+    folder.describe(classes, per_class)
+    folder.begin()
+    count = len(classes) * per_class
+    for numbers in np.array_split(np.arange(count), 3):
+        folder.write(numbers.tolist(), images(count)[numbers])
+    return folder.finish(folder.shown)
 
 
 def test_every_image_is_a_file_of_its_class(tmp_path: Path) -> None:
@@ -37,8 +39,9 @@ def test_every_image_is_a_file_of_its_class(tmp_path: Path) -> None:
 def test_files_are_there_as_soon_as_they_are_drawn(tmp_path: Path) -> None:
     folder = DrawnFolder(tmp_path / "out")
     folder.check(False)
-    folder.begin(["a"], 4)
-    folder.write(images(1))
+    folder.describe(["a"], 4)
+    folder.begin()
+    folder.write([0], images(1))
     assert (tmp_path / "out/a/000000.png").is_file() and not (tmp_path / "out/grid.png").exists()
 
 

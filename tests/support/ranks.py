@@ -49,3 +49,14 @@ def launch() -> Callable[[str, int, Path], None]:
         assert codes == [0] * world, "\n".join(f"rank {r}: exit {codes[r]}\n{text}" for r, text in enumerate(said))
 
     return run
+
+
+def start_ranks(arguments: list[str], world: int = 1) -> list[subprocess.Popen]:
+    """`pixelgen ARGUMENTS` as ranks of a launcher; what they say is in their pipes."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meeting = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    command = [sys.executable, "-m", "pixelgen_fast", *arguments]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    base = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"} | meeting
+    return [subprocess.Popen(command, env=base | {"RANK": str(r), "LOCAL_RANK": str(r)}, **pipes) for r in range(world)]
