@@ -28,7 +28,7 @@ from gpu.steps import ready
 from pixelgen_fast.data import Batch
 from pixelgen_fast.data.encoded import load, to_rgb
 from pixelgen_fast.data.index import ImageIndex
-from pixelgen_fast.data.order import Order, position
+from pixelgen_fast.data.order import Order, positions
 
 
 class InMemory:
@@ -46,7 +46,7 @@ class InMemory:
     def __next__(self) -> Batch:
         numbers = self.order.numbers(self.batch)
         self.batch += 1
-        at = torch.tensor([position(self.order.seed, number, self.size) for number in numbers])
+        at = torch.from_numpy(positions(self.order.seed, numbers, self.size))
         at, numbers = at.to(self.images.device), torch.tensor(numbers)
         images = self.images[at]
         if self.flip:

@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from pixelgen_fast import config as cfg
 from pixelgen_fast import errors
 from pixelgen_fast.data.cache import published_folder
-from pixelgen_fast.data.order import position
+from pixelgen_fast.data.order import positions
 from pixelgen_fast.device import choose_device
 from pixelgen_fast.dino.network import save_teacher
 from pixelgen_fast.distill.distillation import LOSSES, Distillation
@@ -126,7 +126,7 @@ def _train(config: TeacherConfig, judge: Judge, folder: Path, device: torch.devi
     sums, steps, began, logged, judged = torch.zeros(len(LOSSES), device=device), 0, time.perf_counter(), 0, 0
     try:
         for nimg in range(0, total, batch):
-            numbers = [position(config.run.seed, n, len(judge.kept)) for n in range(nimg, nimg + batch)]
+            numbers = positions(config.run.seed, range(nimg, nimg + batch), len(judge.kept))
             sums, steps, seen = sums + distillation.step(judge.kept[numbers], nimg), steps + 1, nimg + batch
             metrics.advance(batch)
             if stop.requested:

@@ -25,7 +25,7 @@ from torch import Tensor
 from pixelgen_fast.config import ConfigError
 from pixelgen_fast.data.cache import locked, published_folder
 from pixelgen_fast.data.index import ImageIndex
-from pixelgen_fast.data.order import position
+from pixelgen_fast.data.order import positions
 
 
 class Featurizer(Protocol):
@@ -67,7 +67,7 @@ class FeatureCache:
         self._seals = np.load(self.folder / "seals.npy", mmap_mode="r+")
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        rows = [position(self.seed, number, self.count) for number in numbers.tolist()]
+        rows = positions(self.seed, numbers.tolist(), self.count).tolist()
         seals = [zlib.crc32(image) for image in images.cpu().contiguous().numpy()]
         features = np.array(self._features[rows])
         absent = [b for b, row in enumerate(rows) if _seal(seals[b], features[b]) != self._seals[row]]

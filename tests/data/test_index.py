@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from pixelgen_fast.data.index import FolderIndex, PackedIndex, TarIndex, open_index
-from pixelgen_fast.data.order import position
 
 
 @pytest.fixture
@@ -202,25 +201,3 @@ def test_damaged_packed_folders_are_refused(tmp_path, shape, dtype, labels, mess
     (tmp_path / "classes.json").write_text('["one"]')
     with pytest.raises(ValueError, match=message):
         open_index(tmp_path)
-
-
-def test_every_epoch_is_a_permutation_and_none_repeats():
-    size = 50
-    epochs = [[position(3, n, size) for n in range(e * size, (e + 1) * size)] for e in range(4)]
-    assert all(sorted(epoch) == list(range(size)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 4
-    other = [position(4, n, size) for n in range(size)]
-    assert other != epochs[0]
-    # Far into a run and with 64-bit seeds of either sign, as without.
-    assert sorted(position(-1, 10**12 + n, 10) for n in range(10)) == list(range(10))
-    assert position(2**64 - 1, 10**12, 10) == position(-1, 10**12, 10)
-
-
-def test_all_orders_are_equally_likely():
-    # 24 orders of 4 images, 4800 epochs: chi-square with 23 degrees of freedom stays below 49.7 in 99.9 % of cases.
-    counts = {}
-    for epoch in range(4800):
-        order = tuple(position(0, 4 * epoch + k, 4) for k in range(4))
-        counts[order] = counts.get(order, 0) + 1
-    assert len(counts) == 24
-    assert sum((c - 200) ** 2 / 200 for c in counts.values()) < 49.7
