@@ -26,7 +26,8 @@ from pixelgen_fast.config import Data
 from pixelgen_fast.data.crop import centre_crop
 from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.data.encoded import decode
-from pixelgen_fast.data.index import ImageIndex, open_index
+from pixelgen_fast.data.image_index import ImageIndex
+from pixelgen_fast.data.index import open_index
 from pixelgen_fast.data.order import Order, position
 from pixelgen_fast.data.tools import pack
 

@@ -10,11 +10,11 @@ import subprocess
 import sys
 import time
 
-from pixelgen_fast.data.dali import interrupts_ignored
+from pixelgen_fast.data.readers import signals_withheld
 from pixelgen_fast.engine.collectives import any_rank
 from pixelgen_fast.signals import REQUEUE, StopRequest
 
-IGNORES = "import signal; print(signal.getsignal(signal.SIGINT) is signal.SIG_IGN)"
+IGNORES = "import signal; print(signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, []))"
 
 
 def forked_child_ends_by() -> str:
@@ -36,7 +36,7 @@ def started_child_ignores_interrupts() -> str:
 def main(task: str) -> int:
     with StopRequest() as stop:
         if task == "children":
-            with interrupts_ignored():
+            with signals_withheld():
                 inside = started_child_ignores_interrupts()
             print(forked_child_ends_by(), inside, started_child_ignores_interrupts(), flush=True)
         print("ready", flush=True)

@@ -27,7 +27,7 @@ from gpu.child import device
 from gpu.steps import ready
 from pixelgen_fast.data import Batch
 from pixelgen_fast.data.encoded import load, to_rgb
-from pixelgen_fast.data.index import ImageIndex
+from pixelgen_fast.data.image_index import ImageIndex
 from pixelgen_fast.data.order import Order, positions
 
 

@@ -8,8 +8,11 @@ global batch. See source.py for which image stands where, crop.py for the crop.
 
 An image that does not decode never stops the run. Most are found from their header and end by the reader; when DALI
 fails on one, its whole batch fails: the images of that batch are then tried one by one, the bad ones are marked and
-the pipeline is built again at this batch. Replaced is an image by the next readable one of the index, with that one's
-label.
+the pipeline is built again at this batch. Replaced is an image by another one that the image number draws, with that
+one's label. Above a stated share of such images the data set is taken to be damaged, and the loader gives no more.
+
+Bytes come from reader processes (readers.py) into this one, and from here to DALI: none of DALI's own processes and
+locks, of which a killed one would stop the run for ever.
 
 B micro-batch, S side in pixels.
 """
@@ -17,11 +20,9 @@ B micro-batch, S side in pixels.
 from __future__ import annotations
 
 import logging
-import signal
-import threading
+import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, get_args
 
 import numpy as np
@@ -35,14 +36,19 @@ from torch import Tensor
 from pixelgen_fast.config import Data
 from pixelgen_fast.data import Batch
 from pixelgen_fast.data.encoded import UnreadableImage, decode
-from pixelgen_fast.data.index import ImageIndex
+from pixelgen_fast.data.image_index import ImageIndex
 from pixelgen_fast.data.order import Order
+from pixelgen_fast.data.readers import InProcess, Readers
 from pixelgen_fast.data.source import HALVING, HEAD, Item, Source
+from pixelgen_fast.data.storage import patiently, shortage
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.settings import Crop
 
 # Halvings that the pipeline performs, enough below 16 S pixels; each costs about 15 us an image even when not needed.
 _HALVINGS = 3
+# So many unreadable images are borne in a data set of any size.
+_FEW = 10
+_NO_MEMORY = re.compile(r"bad_alloc|out of memory|cannot allocate|memory allocation", re.IGNORECASE)
 _log = logging.getLogger(__name__)
 
 
@@ -52,12 +58,14 @@ class Loader:
     index: what `open_index` gives. order: which images, from where on; its seed also decides the flips. settings: the
     section `data`: image_size S; crop "adm", or "none" for images that are S x S already (checked); flip; workers,
     reader processes (0: read in this process, best for small images); threads of DALI; prefetch, micro-batches kept
-    ready; hw_decoder_load, the share of a batch for the hardware JPEG engines. decoder: "cpu" or "mixed" (NVIDIA's JPEG
-    decoder; GPU only); None takes "mixed" on a GPU.
+    ready; hw_decoder_load, the share of a batch for the hardware JPEG engines; wait_seconds, how long data that are
+    away are waited for; max_unreadable, the share of unreadable images that is borne. decoder: "cpu" or "mixed"
+    (NVIDIA's JPEG decoder; GPU only); None takes "mixed" on a GPU.
 
     wait_seconds: time the consumer spent waiting so far. replaced: path -> reason of every unreadable image met.
     Raises ValueError for sizes that do not divide, an unknown crop or decoder, or (while iterating, naming the file) an
-    image of another size with crop "none"; UnreadableImage when no image of the index can be read.
+    image of another size with crop "none"; while iterating also UnreadableImage when too many images cannot be read,
+    DataAway and ResourceError. No batch comes after an error.
     """
 
     def __init__(
@@ -75,16 +83,20 @@ class Loader:
         self.wait_seconds = 0.0
         self.replaced: dict[str, str] = {}
         crop = "none" if index.size == settings.image_size else settings.crop
-        self._source_settings = {
-            "size": settings.image_size, "crop": crop, "halvings": _HALVINGS if crop == "adm" else 0,
-        }  # fmt: skip
+        halvings = _HALVINGS if crop == "adm" else 0
+        self._source = Source(index, order.seed, size=settings.image_size, crop=crop, halvings=halvings)
         self._decode_settings = {
             "decoder": decoder, "hw_decoder_load": settings.hw_decoder_load, "to_gpu": self._on_gpu,
         }  # fmt: skip
-        self._bad: dict[int, str] = {}
         self._batch = 0
         self._restarted_at: int | None = None
         self._pipeline: Pipeline | None = None
+        patience, workers = settings.wait_seconds, settings.workers
+        self._readers = (
+            Readers(self._source, order, patience, workers, ahead=settings.prefetch + 1)
+            if workers
+            else InProcess(self._source, order, patience)
+        )
         self._build()
 
     def __iter__(self) -> Iterator[Batch]:
@@ -94,7 +106,6 @@ class Loader:
         began = time.perf_counter()
         images, indexes = self._run()
         numbers = torch.tensor(self.order.numbers(self._batch))
-        self._report_replaced(numbers, indexes)
         self._batch += 1
         if self.settings.flip:
             mirrored = philox.uniform(self.order.seed, numbers, philox.FLIP, 1)[:, 0] < 0.5
@@ -107,6 +118,7 @@ class Loader:
     def close(self) -> None:
         """Stop the reader processes and free DALI's memory. The loader gives no batch after it."""
         self._pipeline = None
+        self._readers.close()
 
     def __enter__(self) -> Loader:
         return self
@@ -120,15 +132,10 @@ class Loader:
 
     def _build(self) -> None:
         """Start the pipeline at micro-batch self._batch, with everything known to be bad left out."""
-        self.close()  # before the new one starts: two would hold their memory at once
-        self._source = Source(
-            self.index, self.order, first=self._batch, bad=frozenset(self._bad), **self._source_settings
-        )
-        workers = self.settings.workers
-        parallel = {"py_num_workers": workers, "py_start_method": "spawn"} if workers else {}
+        self._pipeline = None  # before the new one starts: two would hold their memory at once
+        self._readers.begin(self._batch)
         self._pipeline = _pipeline(
-            self._source,
-            parallel=workers > 0,
+            self._give,
             size=self._source.size,
             halvings=self._source.halvings,
             cropped=self._source.crop != "none",
@@ -137,12 +144,15 @@ class Loader:
             device_id=self._device_id,
             prefetch_queue_depth=self.settings.prefetch,
             **self._decode_settings,
-            **parallel,
         )
-        if workers:
-            with interrupts_ignored():
-                self._pipeline.start_py_workers()
         self._pipeline.build()
+
+    def _give(self) -> tuple[list[np.ndarray], ...]:
+        """What the pipeline takes for its next micro-batch."""
+        items, found = self._readers.next()
+        for i, reason in found.items():
+            self._note_unreadable(i, reason)
+        return _columns(items, self._source.crop)
 
     @property
     def _device_id(self) -> int | None:
@@ -156,29 +166,28 @@ class Loader:
             try:
                 stream = torch.cuda.current_stream(self.device) if self._on_gpu else None
                 images, indexes = self._pipeline.run(stream)
-            except Exception as error:  # what a reader process raises reaches us as a bare Exception
+            except RuntimeError as error:
                 if not self._found_bad():
                     self._allow_restart(error)
             else:
                 return torch.from_dlpack(images.as_tensor()), np.array(indexes.as_tensor())
-            self._build()  # outside the except clause, whose error would keep the failed pipeline and its readers alive
+            self._build()  # outside the except clause, whose error would keep the failed pipeline's memory
 
     def _found_bad(self) -> bool:
         """Mark the unreadable images among those that DALI was working on; return whether there were any."""
-        known = len(self._bad)
         trial = _Trial(self._source, self._device_id, self._decode_settings)
         for batch in range(self._batch, self._batch + self.settings.prefetch + 1):
-            for number in self.order.numbers(batch):
-                item = self._source.item(self._source.wanted(number))
-                i = int(item.index)
-                if i not in self._bad and (reason := trial.failure(item)):
-                    self._bad[i] = reason
-                    self._log_replaced(i, reason)
-            if len(self._bad) > known:
+            numbers = self.order.numbers(batch)
+            items = patiently(lambda numbers=numbers: list(self._source.items(numbers)), self.settings.wait_seconds)
+            failed = {item.index: reason for item in items if (reason := trial.failure(item))}
+            self._source.bad |= failed.keys()
+            for i, reason in failed.items():
+                self._note_unreadable(i, reason)
+            if failed:
                 return True
         return False
 
-    def _allow_restart(self, error: Exception) -> None:
+    def _allow_restart(self, error: RuntimeError) -> None:
         """A failure that no image explains is tried once more and then raised."""
         if self._restarted_at == self._batch:
             raise error
@@ -186,26 +195,26 @@ class Loader:
         number = self.order.first(self._batch)
         _log.warning("the data pipeline failed at image %d and starts again: %s", number, error)
 
-    def _report_replaced(self, numbers: Tensor, indexes: np.ndarray) -> None:
-        """Log the images that the readers found unreadable and passed over."""
-        for number, got in zip(numbers.tolist(), indexes.tolist(), strict=True):
-            i = self._source.wanted(number)
-            while i != got:
-                if i not in self._bad and self.index.path(i) not in self.replaced:
-                    self._log_replaced(i, self._reason(i))
-                i = (i + 1) % len(self.index)
-
-    def _reason(self, i: int) -> str:
-        try:
-            self._source.prepare(i)
-        except (UnreadableImage, OSError) as error:
-            return str(error)
-        return "storage failed to give it once, and gives it now"
-
-    def _log_replaced(self, i: int, reason: str) -> None:
+    def _note_unreadable(self, i: int, reason: str) -> None:
+        """Say so, once for each image. Raises UnreadableImage when there are too many."""
         path = self.index.path(i)
+        if path in self.replaced:
+            return
         self.replaced[path] = reason
-        _log.warning("unreadable image %s: %s; the next readable one takes its place", path, reason)
+        _log.warning("unreadable image %s: %s; another one takes its place", path, reason)
+        borne = max(_FEW, int(self.settings.max_unreadable * len(self.index)))
+        if len(self.replaced) > borne:
+            raise UnreadableImage(
+                f"{len(self.replaced):,} of the {len(self.index):,} images of {self.index.root} are unreadable, more "
+                f"than the {borne:,} that data.max_unreadable {self.settings.max_unreadable:g} allows; the last is "
+                f"{path}: {reason}. See `pixelgen data scan`"
+            )
+
+
+def _columns(items: list[Item], crop: str) -> tuple[list[np.ndarray], ...]:
+    """(data, index) of items with crop "none", else (data, index, geometry)."""
+    columns = [item.data for item in items], [np.array(item.index) for item in items]
+    return columns if crop == "none" else (*columns, [item.geometry for item in items])
 
 
 class _Trial:
@@ -219,14 +228,16 @@ class _Trial:
         self._pipeline: Pipeline | None = None
 
     def failure(self, item: Item) -> str | None:
-        """Why `item` does not decode, or None when it does."""
+        """Why `item` does not decode, or None when it does. Raises ResourceError when memory is what lacks."""
         if self._pipeline is None:
-            self._pipeline = _pipeline(lambda: self._source.fields(self._item), parallel=False, **self._settings)
+            self._pipeline = _pipeline(lambda: _columns([self._item], self._source.crop), **self._settings)
         self._item = item
         try:
             self._pipeline.run()
         except RuntimeError as error:
             self._pipeline = None  # a pipeline that has failed runs no more
+            if _NO_MEMORY.search(str(error)):
+                raise shortage(f"cannot decode {self._source.index.path(item.index)}", MemoryError(error)) from error
             return _explain(item, error)
         return None
 
@@ -244,7 +255,6 @@ def _explain(item: Item, error: RuntimeError) -> str:
 def _pipeline(
     source: Callable,
     *,
-    parallel: bool,
     size: int,
     halvings: int,
     cropped: bool,
@@ -252,13 +262,12 @@ def _pipeline(
     hw_decoder_load: float,
     to_gpu: bool,
 ) -> tuple[DataNode, DataNode]:
-    """Items of `source` -> images uint8 [S, S, 3] and the index of each."""
+    """Micro-batches of `source` -> images uint8 [S, S, 3] and the index of each."""
     fields = 3 if cropped else 2
     data, index, *geometry = fn.external_source(
         source=source,
         num_outputs=fields,
-        batch=False,
-        parallel=parallel,
+        batch=True,
         dtype=[types.UINT8, types.INT64, types.FLOAT][:fields],
         ndim=[1, 0, 1][:fields],
     )
@@ -297,22 +306,6 @@ def _halve(images: DataNode, region: DataNode) -> DataNode:
 def _mean_up(a: DataNode, b: DataNode) -> DataNode:
     """ceil((a + b) / 2) of uint8 without leaving uint8: a + b = 2 (a | b) - (a ^ b)."""
     return (a | b) - ((a ^ b) >> np.uint8(1))
-
-
-@contextmanager
-def interrupts_ignored() -> Iterator[None]:
-    """Processes started inside ignore SIGINT (an ignored signal is inherited): Ctrl-C is for the trainer to handle.
-
-    Outside the main thread signals cannot be set, and nothing is done.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def _check(index: ImageIndex, settings: Data, decoder: str, device: torch.device) -> None:

@@ -17,7 +17,7 @@ that a reader process starts quickly.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,6 +26,8 @@ import numpy as np
 from pixelgen_fast.errors import InputError
 
 _ROUNDS = 24
+_SUBSTITUTES = 2**63
+_TRIED_AT_ONCE = 16
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -92,6 +94,16 @@ def position(seed: int, number: int, size: int) -> int:
     return int(positions(seed, [number], size)[0])
 
 
+def substitutes(seed: int, number: int, size: int) -> Iterator[int]:
+    """Indexes to try in place of image `number` where it cannot be read: each of them once, in an order of its own.
+
+    So what cannot be read falls to images all over the data set, others in every epoch, the same on every rank.
+    """
+    keys = round_keys(seed, _SUBSTITUTES + number)
+    for begin in range(0, size, _TRIED_AT_ONCE):
+        yield from permuted(keys, np.arange(begin, min(begin + _TRIED_AT_ONCE, size)), size).tolist()
+
+
 def permuted(keys: tuple[int, ...], places: np.ndarray, size: int) -> np.ndarray:
     """Where a permutation of [0, size) takes `places`, int64 [n]; keys, one a round, choose the permutation."""
     bits = max(1, (size - 1).bit_length())
@@ -125,6 +137,6 @@ def _keys(seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def round_keys(seed: int, counter: int) -> tuple[int, ...]:
-    """The keys of one permutation of a run. counter: 0 to 2^64 - 1; epochs count up from 0."""
+    """The keys of one permutation of a run. counter: 0 to 2^64 - 1; epochs count from 0, substitutes from 2^63."""
     words = np.random.Philox(key=np.array([seed % 2**64, counter], dtype=np.uint64)).random_raw(_ROUNDS)
     return tuple(words.tolist())

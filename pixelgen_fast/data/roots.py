@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pixelgen_fast.data.digits import write_digits
-from pixelgen_fast.data.index import ImageIndex, open_index
+from pixelgen_fast.data.image_index import ImageIndex
+from pixelgen_fast.data.index import open_index
 from pixelgen_fast.errors import InputError
 
 DIGITS = "digits"

@@ -1,25 +1,24 @@
-"""Which encoded image stands at each place of each micro-batch, and how it is to be cropped; runs in reader processes.
+"""Which encoded image stands at each place of a micro-batch, and how it is to be cropped; runs in reader processes.
 
-A worker hands DALI the bytes, the index it read and the geometry of the crop: of the image that order.py names, or of
-the next readable one after it. Everything is a function of (seed, number) and of the files' contents. This module
-imports neither torch nor DALI, so that a reader process starts quickly.
+An item is the bytes, the index they were read from and the geometry of the crop: of the image that order.py names, or
+of the first readable one of its substitutes. Everything is a function of (seed, number) and of the files' contents.
+This module imports neither torch nor DALI, so that a reader process starts quickly.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
-from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
 
 from pixelgen_fast.data.crop import CropPlan, crop_plan
 from pixelgen_fast.data.encoded import UnreadableImage, as_ppm, decode, inspect
-from pixelgen_fast.data.index import ImageIndex
-from pixelgen_fast.data.order import Order, position
+from pixelgen_fast.data.image_index import ImageIndex
+from pixelgen_fast.data.order import positions, substitutes
+from pixelgen_fast.data.storage import read_bytes, shortage
 from pixelgen_fast.errors import InputError
 
 # geometry, float32: [number of halvings, resized h, w, offset y, x], then HALVING numbers for each halving:
@@ -29,87 +28,68 @@ HEAD, HALVING = 5, 6
 _KEPT_BYTES = 64 * 2**20
 
 
-class SampleInfo(Protocol):
-    """The part of DALI's sample description that is used."""
-
-    idx_in_batch: int
-    iteration: int
-
-
 class Item(NamedTuple):
-    """data: uint8 [bytes], encoded image. geometry: float32 [HEAD + HALVING * halvings]. index: int64 scalar."""
+    """data: uint8 [bytes], encoded image. geometry: float32 [HEAD + HALVING * halvings]. index: of the image."""
 
     data: np.ndarray
     geometry: np.ndarray
-    index: np.ndarray
+    index: int
 
 
 class Source:
-    """Gives DALI the items of micro-batches `first`, first + 1, ... of an order. Picklable.
+    """Gives the items of image numbers. Picklable.
 
-    crop: "adm" or "none". halvings: how many box halvings the pipeline performs; an image that needs more arrives
-    halved by PIL already. bad: indexes known to be unreadable, never read.
+    seed: of the run's order. crop: "adm" or "none". halvings: how many box halvings the pipeline performs; an image
+    that needs more arrives halved by PIL already.
+
+    bad: indexes known to be unreadable, never read; the loader adds to it. found: index -> reason of the images that
+    turned out to be unreadable and are not in `bad`; whoever reads it clears it.
     """
 
-    def __init__(
-        self,
-        index: ImageIndex,
-        order: Order,
-        *,
-        size: int,
-        crop: str,
-        halvings: int,
-        first: int = 0,
-        bad: frozenset[int] = frozenset(),
-    ) -> None:
-        self.index, self.order, self.size, self.crop, self.halvings = index, order, size, crop, halvings
-        self.first, self.bad = first, bad
+    def __init__(self, index: ImageIndex, seed: int, *, size: int, crop: str, halvings: int) -> None:
+        self.index, self.seed, self.size, self.crop, self.halvings = index, seed, size, crop, halvings
+        self.bad: set[int] = set()
+        self.found: dict[int, str] = {}
         self._kept: dict[int, Item] = {}
         self._room = _KEPT_BYTES
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Arriving in a reader process: see to it that the process does not outlive the one that started it."""
-        self.__dict__.update(state)
-        if parent := multiprocessing.parent_process():
-            threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"found": {}, "_kept": {}, "_room": _KEPT_BYTES}
 
-    def wanted(self, number: int) -> int:
-        """The index that image `number` has, before unreadable ones are replaced."""
-        return position(self.order.seed, number, len(self.index))
+    def items(self, numbers: Iterable[int]) -> Iterator[Item]:
+        """The items of image numbers, in their order. Raises UnreadableImage when no image of the index can be read,
+        and what `prepare` raises but for that."""
+        numbers = [*numbers]
+        for number, index in zip(numbers, positions(self.seed, numbers, len(self.index)).tolist(), strict=True):
+            yield self._item(number, index)
 
-    def __call__(self, info: SampleInfo) -> tuple[np.ndarray, ...]:
-        """What the pipeline takes for one place of a micro-batch."""
-        return self.fields(self.item(self.wanted(self.order.first(self.first + info.iteration) + info.idx_in_batch)))
-
-    def fields(self, item: Item) -> tuple[np.ndarray, ...]:
-        """(data, index) with crop "none", else (data, index, geometry)."""
-        return (item.data, item.index) if self.crop == "none" else (item.data, item.index, item.geometry)
-
-    def item(self, index: int) -> Item:
-        """The item of the first readable image at or after `index`, in index order, from the end on to the beginning.
-
-        Raises UnreadableImage when there is none.
-        """
-        reason = "see the log"
-        for i in range(index, index + len(self.index)):
-            i %= len(self.index)
+    def _item(self, number: int, index: int) -> Item:
+        for i in chain([index], substitutes(self.seed, number, len(self.index))):
+            if i in self.bad:
+                continue
             if i in self._kept:
                 return self._kept[i]
-            if i not in self.bad:
-                try:
-                    return self._keep(i, self.prepare(i))
-                except (UnreadableImage, OSError) as error:
-                    reason = str(error)
+            try:
+                return self._keep(self.prepare(i))
+            except UnreadableImage as error:
+                self.found[i] = str(error)
+        reason = next(iter(self.found.values()), "see the log")
         raise UnreadableImage(
             f"all {len(self.index):,} images of {self.index.root} are unreadable ({reason}): see `pixelgen data scan`"
         )
 
     def prepare(self, i: int) -> Item:
-        """Image i as an item. Raises UnreadableImage or OSError with the reason when it cannot be used.
-
-        Raises ValueError naming the file when crop is "none" and its size is another one.
+        """Image i as an item. Raises UnreadableImage with the reason when it is damaged or missing, DataAway or
+        ResourceError when that is not the image's fault, and InputError naming the file when crop is "none" and its
+        size is another one.
         """
-        data = self.index.read(i)
+        data = read_bytes(self.index, i)
+        try:
+            return self._prepared(i, data)
+        except MemoryError as error:
+            raise shortage(f"cannot decode {self.index.path(i)}", error) from error
+
+    def _prepared(self, i: int, data: bytes) -> Item:
         header = inspect(data)
         height, width = header.height, header.width
         if self.crop == "none":
@@ -118,7 +98,7 @@ class Source:
                     f"{self.index.path(i)} has {height} x {width} pixels, not {self.size} x {self.size}: crop 'none' "
                     "takes images as they are; use crop 'adm', or pack the data at that size"
                 )
-            return self._item(data if header.direct else as_ppm(decode(data)), np.zeros(HEAD, np.float32), i)
+            return _item(data if header.direct else as_ppm(decode(data)), np.zeros(HEAD, np.float32), i)
         plan = crop_plan(height, width, self.size)
         early = len(plan.halved) - self.halvings
         if early > 0 or not header.direct:
@@ -126,23 +106,17 @@ class Source:
             for height, width in plan.halved[: max(early, 0)]:
                 image = image.resize((width, height), Image.Resampling.BOX)
             data = as_ppm(image)
-        return self._item(data, geometry((height, width), plan, plan.halved[max(early, 0) :], self.halvings), i)
+        return _item(data, geometry((height, width), plan, plan.halved[max(early, 0) :], self.halvings), i)
 
-    def _keep(self, i: int, item: Item) -> Item:
+    def _keep(self, item: Item) -> Item:
         if item.data.nbytes <= self._room:
-            self._kept[i] = item
+            self._kept[item.index] = item
             self._room -= item.data.nbytes
         return item
 
-    @staticmethod
-    def _item(data: bytes, numbers: np.ndarray, i: int) -> Item:
-        return Item(np.frombuffer(data, dtype=np.uint8), numbers, np.array(i, dtype=np.int64))
 
-
-def _exit_after(parent: BaseProcess) -> None:
-    """DALI's readers wait for work for ever when their parent is killed."""
-    parent.join()
-    os._exit(1)
+def _item(data: bytes, numbers: np.ndarray, i: int) -> Item:
+    return Item(np.frombuffer(data, dtype=np.uint8), numbers, i)
 
 
 def geometry(shape: tuple[int, int], plan: CropPlan, halved: list[tuple[int, int]], capacity: int) -> np.ndarray:

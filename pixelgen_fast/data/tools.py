@@ -28,10 +28,13 @@ from pixelgen_fast import errors
 from pixelgen_fast.data.cache import published_file, published_folder
 from pixelgen_fast.data.crop import centre_crop
 from pixelgen_fast.data.encoded import UnreadableImage, load, to_rgb
-from pixelgen_fast.data.index import ImageIndex, open_index
+from pixelgen_fast.data.image_index import ImageIndex
+from pixelgen_fast.data.index import open_index
+from pixelgen_fast.data.storage import patiently, read_bytes
 from pixelgen_fast.errors import InputError
 
 CROPS = ("adm", "squash")
+_PATIENCE = 60.0  # seconds for which a data root that is away is waited for
 _SIDES = (32, 64, 128, 256, 512, 1024, 2048)
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -180,8 +183,8 @@ def _write_header(file: BinaryIO, count: int, size: int) -> None:
 def _cropped(index: ImageIndex, size: int, crop: str, upright: bool, i: int) -> bytes | str:
     """The pixels of image i, or the reason why there are none."""
     try:
-        image = load(index.read(i))
-    except (UnreadableImage, OSError) as error:
+        image = load(patiently(partial(read_bytes, index, i), _PATIENCE))
+    except UnreadableImage as error:
         return str(error)
     image = to_rgb(ImageOps.exif_transpose(image) if upright and _turned(image) else image)
     image = centre_crop(image, size) if crop == "adm" else image.resize((size, size), Image.Resampling.BICUBIC)
@@ -191,8 +194,8 @@ def _cropped(index: ImageIndex, size: int, crop: str, upright: bool, i: int) -> 
 def _look(index: ImageIndex, i: int) -> tuple[str, str, str, bool] | str:
     """(format, mode, shorter side, asks for rotation) of image i, or the reason why it is unreadable."""
     try:
-        image = load(index.read(i))
-    except (UnreadableImage, OSError) as error:
+        image = load(patiently(partial(read_bytes, index, i), _PATIENCE))
+    except UnreadableImage as error:
         return str(error)
     side = _side_names()[sum(min(image.size) >= edge for edge in _SIDES)]
     return str(image.format), image.mode, side, _turned(image)

@@ -21,7 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pixelgen_fast import config as cfg
-from pixelgen_fast.data.index import ImageIndex
+from pixelgen_fast.data.image_index import ImageIndex
 from pixelgen_fast.dino.network import load_dino
 from pixelgen_fast.dino.teacher import Teacher
 from pixelgen_fast.engine.features import FeatureCache

@@ -14,7 +14,7 @@ from pixelgen_kernels.bodies import describe_bodies
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast import models
-from pixelgen_fast.data.index import ImageIndex
+from pixelgen_fast.data.image_index import ImageIndex
 from pixelgen_fast.data.order import Order
 from pixelgen_fast.data.roots import open_root
 from pixelgen_fast.device import choose_device

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pixelgen_fast.config import ConfigError
 from pixelgen_fast.data.cache import locked, published_folder
-from pixelgen_fast.data.index import ImageIndex
+from pixelgen_fast.data.image_index import ImageIndex
 from pixelgen_fast.data.order import positions
 
 

@@ -22,7 +22,7 @@ from pixelgen_fast.data.crop import centre_crop
 from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.data.encoded import UnreadableImage, to_rgb
 from pixelgen_fast.data.index import open_index
-from pixelgen_fast.data.order import Order, position
+from pixelgen_fast.data.order import Order, position, substitutes
 
 SEED = 5
 PLAIN = {"image_size": 12, "crop": "none", "workers": 0, "threads": 1}
@@ -299,20 +299,24 @@ def damaged(tmp_path, make_photo):
     return root
 
 
-REPLACED = {0: 3, 1: 3, 2: 3, 5: 6, 12: 14, 13: 14, 18: 3, 19: 3}
+UNREADABLE = {0, 1, 2, 5, 12, 13, 18, 19}
 
 
-def test_unreadable_images_are_replaced_by_the_next_good_one(damaged, make_photo, caplog):
+def shown(number: int, size: int, unreadable: set[int]) -> int:
+    """The index whose image stands for image `number`."""
+    return next(i for i in (position(SEED, number, size), *substitutes(SEED, number, size)) if i not in unreadable)
+
+
+def test_unreadable_images_are_replaced_by_good_ones_that_the_number_draws(damaged, make_photo, caplog):
     settings = {"image_size": 32, "global_batch": 8, "micro_batch": 8}
     with caplog.at_level(logging.WARNING), loader_of(damaged, **settings) as loader:
         batches = [next(loader) for _ in range(5)]
     good = {k: np.asarray(Image.open(p).convert("RGB")) for k, p in enumerate(sorted(damaged.iterdir()))
-            if k not in REPLACED}  # fmt: skip
+            if k not in UNREADABLE}  # fmt: skip
     got = joined(batches)
     for pixels, n in zip(got.images.numpy(), range(40), strict=True):
-        wanted = position(5, n, 20)
-        assert np.array_equal(pixels, good[REPLACED.get(wanted, wanted)]), n
-    assert {path.rpartition("/")[2][:2] for path in loader.replaced} == {f"{k:02d}" for k in REPLACED}
+        assert np.array_equal(pixels, good[shown(n, 20, UNREADABLE)]), n
+    assert {path.rpartition("/")[2][:2] for path in loader.replaced} == {f"{k:02d}" for k in UNREADABLE}
     assert all(path.startswith(str(damaged)) and reason for path, reason in loader.replaced.items())
     for path in loader.replaced:
         assert sum(path in record.getMessage() for record in caplog.records) == 1
@@ -366,10 +370,24 @@ def test_readers_end_with_a_killed_trainer(small_tree, tmp_path):
 
 
 def test_labels_are_those_of_the_replacement(small_tree):
-    (small_tree / "a" / "03.png").write_bytes(b"")
-    got = take(small_tree, 1, global_batch=11, micro_batch=11)[0]
-    at = [position(5, n, 11) for n in range(11)].index(3)
-    assert got.images[at, 0, 0, 0] == 80 and got.labels[at] == 1
+    """One class is gone: its share falls to all images of the other, and every label is the image's own."""
+    for path in (small_tree / "a").iterdir():
+        path.write_bytes(b"")
+    got = joined(take(small_tree, 4, global_batch=11, micro_batch=11))
+    index = [shown(n, 11, {0, 1, 2, 3}) for n in range(44)]
+    assert got.images[:, 0, 0, 0].tolist() == [20 * i for i in index] and got.labels.tolist() == [1] * 44
+    in_place = [i for n, i in enumerate(index) if position(SEED, n, 11) < 4]
+    assert len(set(in_place)) >= 5 and max(map(in_place.count, in_place)) <= 6
+
+
+def test_too_many_unreadable_images_are_an_error(small_tree):
+    for path in (small_tree / "b").iterdir():
+        path.write_bytes(b"")
+    for k in range(11, 40):
+        (small_tree / "b" / f"{k}.png").write_bytes(b"")
+    with pytest.raises(UnreadableImage, match=r"11 of the 40 images of .* more than the 10 that data.max_unreadable"):
+        take(small_tree, 20)
+    assert len(take(small_tree, 20, max_unreadable=0.9)) == 20
 
 
 def test_no_readable_image_is_an_error(tmp_path):

@@ -119,6 +119,48 @@ def test_roots_without_data_are_refused(tmp_path, monkeypatch, files, error, mes
     assert str(root) in str(caught.value)
 
 
+FOREIGN = (
+    "@eaDir/a/1.jpg", "a/@eaDir/x.webp/SYNOFILE_THUMB_M.jpg", "__MACOSX/a/2.png", "b/#recycle/1.jpg", "b/.thumbs/1.jpg",
+    "$RECYCLE.BIN/1.jpg", "lost+found/1.jpg", "b/deep/.DS_Store", "a/._x.webp",
+)  # fmt: skip
+
+
+def test_folders_of_the_storage_system_are_no_part_of_a_tree_or_a_tar(tree, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("PIXELGEN_CACHE", str(tmp_path / "cache"))
+    for name in FOREIGN:
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text("not of the data set")
+    make_tar(tree, tmp_path / "all.tar", [*FOREIGN, *IN_ORDER])
+    for root in (tree, tmp_path / "all.tar"):
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            check(open_index(root), root)
+        assert "folders of the storage system: @eaDir x 2" in caplog.text
+
+
+def test_a_tree_and_its_tar_have_the_same_order(tree, tmp_path, monkeypatch):
+    """Class first, then name, folder by folder, where the characters of a whole path would sort otherwise."""
+    monkeypatch.setenv("PIXELGEN_CACHE", str(tmp_path / "cache"))
+    names = ["a/1.jpg", "a/1 b.jpg", "a/1/2.jpg", "a b/0.jpg", "a-b/0.jpg", "a.b/0.jpg", "a/1.d/0.jpg"]
+    root = tmp_path / "sorted"
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    make_tar(root, tmp_path / "sorted.tar", names)
+    folder, tar = open_index(root), open_index(tmp_path / "sorted.tar")
+    assert folder.classes == tar.classes == ["a", "a b", "a-b", "a.b"]
+    assert folder.labels.tolist() == tar.labels.tolist() == [0, 0, 0, 0, 1, 2, 3]
+    assert [folder.read(i) for i in range(7)] == [tar.read(i) for i in range(7)]
+
+
+def test_a_tar_one_level_too_high_is_noticed(tree, tmp_path, monkeypatch, caplog):
+    monkeypatch.setenv("PIXELGEN_CACHE", str(tmp_path / "cache"))
+    make_tar(tree, tmp_path / "all.tar", IN_ORDER, prefix="train/")
+    with caplog.at_level(logging.WARNING):
+        assert open_index(tmp_path / "all.tar").classes == ["train"]
+    assert "one class, train, with folders below it" in caplog.text
+
+
 def test_a_file_that_is_no_tar_is_refused(tree):
     with pytest.raises(ValueError, match=r"not a \.tar"):
         open_index(tree / "c" / "2.png")
