@@ -33,6 +33,7 @@ EXTRAS = {
         "tensorboard",
         "pytest>=8",
         "pytest-xdist",
+        "hypothesis",
         "ruff",
         "import-linter>=2",
         "scipy",

@@ -43,5 +43,11 @@ def stopped_line(name: str) -> str:
 
 
 def line(error: Exception) -> str:
-    """What to print of it."""
-    return f"pixelgen: error: {error}" + ("; work had begun, and what was saved stays" if _began else "")
+    """What to print of it, on one line."""
+    begun = "; work had begun, and what was saved stays" if _began else ""
+    return f"pixelgen: error: {printable(str(error))}{begun}"
+
+
+def printable(text: str) -> str:
+    """Text in which what a terminal would act on, or cannot show, is written as an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -56,7 +56,7 @@ def read_layers(path: str | Path, overrides: Iterable[str]) -> list[tuple[str, A
         raise ConfigError(f"{path}: a configuration is a mapping of sections, this file holds {type(values).__name__}")
     layers = [(str(path), values)]
     for text in overrides:
-        if "=" not in text:
+        if not text.partition("=")[0].strip() or "=" not in text:
             raise ConfigError(f"override {text!r}: write key.sub=value, for example optimizer.lr=2e-4")
         layers.append((f"override {text!r}", Override(*text.split("=", 1))))
     return layers

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pixelgen_fast import config as cfg
-from pixelgen_fast.engine.signals import any_rank
+from pixelgen_fast.engine.collectives import any_rank
 from pixelgen_fast.engine.watch import Health, StepWatch
 from pixelgen_fast.engine.zero import ZeroEngine
 from pixelgen_fast.runs import checkpoint

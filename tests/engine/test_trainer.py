@@ -22,7 +22,6 @@ from support.runs import DIGITS, newest, train
 from support.spoiled import Spoiled
 
 from pixelgen_fast.cli import main
-from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.runs import draw
 from pixelgen_fast.runs.checkpoint import checkpoints, read_state, read_weights
 from pixelgen_fast.runs.owner import OWNER, Owner

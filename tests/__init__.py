@@ -1,0 +1,1 @@
+"""The tests, and the drill: python -m tests.drill"""
