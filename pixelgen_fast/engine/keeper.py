@@ -74,8 +74,9 @@ class Keeper:
         if any_rank([self.health.bad_in_a_row > 0], self.engine.host_group)[0]:
             return False
         self._retry_at = math.inf
-        good = self.health.good
-        self.saver.save(nimg, {**state, "health": self.health.state()}, () if good is None else (good,))
+        # one that is still being written, or waits for a step to prove it, may be the next good one
+        kept = {self.health.good, self.health.unproven, *self.saver.in_flight} - {None}
+        self.saver.save(nimg, {**state, "health": self.health.state()}, kept)
         failed = self._hear(self.saver.wait() if last or not self.saver.background else self.saver.poll())
         if last and failed:
             raise failed

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ from support.spoiled import Spoiled
 
 from pixelgen_fast.cli import main
 from pixelgen_fast.engine import keeper
-from pixelgen_fast.runs.checkpoint import checkpoints, read_state
+from pixelgen_fast.runs import saver
+from pixelgen_fast.runs.checkpoint import Content, checkpoints, read_state
+from pixelgen_fast.runs.ranks import Team
 
 
 def saved(folder: Path) -> list[int]:
@@ -46,7 +49,9 @@ def test_the_checkpoint_that_is_named_good_was_taken_before_the_trouble(
     error = capsys.readouterr().err
     good = tmp_path / "run" / "checkpoints" / f"{32:012d}"
     assert "10 steps in a row" in error and f"the last good checkpoint is {good}." in error
-    assert sorted(path.name for path in good.parent.iterdir()) == [good.name, f"suspect-{48:012d}"]
+    names = {path.name for path in good.parent.iterdir()}
+    # the one before it is there for as long as it was not known to be good
+    assert {good.name, f"suspect-{48:012d}"} <= names <= {f"{16:012d}", good.name, f"suspect-{48:012d}"}
     assert main(command(tmp_path / "run", 112)) == 0
     assert "resumed" in (said := capsys.readouterr().out) and "image 32 of 112" in said
 
@@ -96,3 +101,19 @@ def test_what_could_not_be_written_is_tried_again(
     assert "no checkpoint at image 64, the run goes on and tries again later" in said
     assert saved(tmp_path / "run") == [80, 128]
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["nimg"] == 128
+
+
+def test_a_slow_disk_costs_no_checkpoint_that_is_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """The one of image 32 is still being written when that of 48 is taken, and must outlive it though keep is 1."""
+    write = saver.write
+
+    def slowly(content: Content, team: Team) -> None:
+        time.sleep(1.0 if content.nimg == 32 else 0.0)
+        write(content, team)
+
+    monkeypatch.setattr(saver, "write", slowly)
+    Spoiled(48, 10_000).install(monkeypatch)
+    assert main(command(tmp_path / "run", 400, "save.keep=1")) == 2
+    assert f"the last good checkpoint is {tmp_path}/run/checkpoints/{32:012d}." in capsys.readouterr().err
