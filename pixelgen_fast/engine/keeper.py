@@ -38,6 +38,7 @@ class Keeper:
         self.max_bad_steps = config.train.max_bad_steps
         self.health, self.watch = Health(config.train.loss_range), StepWatch(device)
         self.saved: int | None = None  # image of the newest checkpoint on disk
+        self._taken: set[int] = set()  # images of those in flight, which may turn out to be the good one
         self._retry_at = math.inf
 
     def resume(self, nimg: int, state: dict[str, Any] | None) -> None:
@@ -74,9 +75,8 @@ class Keeper:
         if any_rank([self.health.bad_in_a_row > 0], self.engine.host_group)[0]:
             return False
         self._retry_at = math.inf
-        # one that is still being written, or waits for a step to prove it, may be the next good one
-        kept = {self.health.good, self.health.unproven, *self.saver.in_flight} - {None}
-        self.saver.save(nimg, {**state, "health": self.health.state()}, kept)
+        self.saver.save(nimg, {**state, "health": self.health.state()}, self.health.kept | self._taken)
+        self._taken.add(nimg)
         failed = self._hear(self.saver.wait() if last or not self.saver.background else self.saver.poll())
         if last and failed:
             raise failed
@@ -106,6 +106,7 @@ class Keeper:
     def _hear(self, finished: list[Saved]) -> checkpoint.CheckpointError | None:
         """Say what became of checkpoints; returns the error of the last one."""
         for one in finished:
+            self._taken.discard(one.nimg)
             if one.error:
                 self.say(f"no checkpoint at image {one.nimg:,}, the run goes on and tries again later: {one.error}")
                 self._retry_at = time.monotonic() + RETRY_SECONDS

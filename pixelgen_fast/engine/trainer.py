@@ -58,8 +58,7 @@ class Trainer:
         self.config, self.parts = config, assemble(config, self.heart)
         self.engine, self.folder, self.rank = self.parts.engine, self.parts.folder, self.parts.rank
         self.nimg, self.seconds, self.returns, self.due = 0, 0.0, 0, False
-        say = lambda text: self.report.say(text)  # noqa: E731  (a return to a checkpoint makes another report)
-        self.keeper = Keeper(config, self.engine, self.folder.checkpoints, self.parts.device, say)
+        self.keeper = Keeper(config, self.engine, self.folder.checkpoints, self.parts.device, self._say)
         self.owner = Owner(self.folder.root)
         with ExitStack() as on_failure:
             on_failure.callback(self.owner.close)
@@ -73,6 +72,9 @@ class Trainer:
             self._begin()
             on_failure.pop_all()
         self.signals = StopRequest()
+
+    def _say(self, text: str) -> None:
+        self.report.say(text)
 
     def _begin(self) -> None:
         """What counts from the present image on."""
@@ -118,7 +120,7 @@ class Trainer:
                     self.seconds += self.report.row(self.nimg, interval, self.loader)
                     interval = Interval(self.nimg, self.loader)
                 self.due = self.due or again or crossed(self.nimg, batch, c.save.every_images)
-                if stop or self.due:
+                if stop or (self.due and self.nimg < total):
                     with interval.paused():
                         self._save(last=stop)
                 if stop:
@@ -253,7 +255,7 @@ class Trainer:
             )
         checkpoint.load(path, self.engine)
         self.nimg, self.seconds = state["nimg"], state["seconds"]
-        self.returns = state.get("returns", 0)
+        self.returns = state["returns"] if isinstance(state.get("returns"), int) else 0
         # the losses of another objective or other data have another range
         other = any(key.startswith(("objective.", "alignment.", "data.")) for key in changed)
         self.keeper.resume(self.nimg, None if other else state.get("health"))
@@ -271,7 +273,8 @@ class Trainer:
         """Refuse to start a run that cannot write its folder, or whose checkpoints will not fit."""
         if self.rank:
             return
-        root, keep = self.folder.root, self.config.save.keep
+        # the good one may stand beside the newest
+        root, keep = self.folder.root, max(self.config.save.keep, 2)
         for path in (root, self.folder.checkpoints, self.folder.tensorboard, self.folder.samples(0).parent):
             if path.exists() and not path.is_dir():
                 raise TrainingError(

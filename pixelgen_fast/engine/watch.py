@@ -71,7 +71,6 @@ class Health:
     """What the steps of a run say of its weights, so far as they are known.
 
     loss_range: None where the loss has no range. good: image of the newest checkpoint that is proven, None for none.
-    unproven: of one that no calm step has proven yet.
     """
 
     def __init__(self, loss_range: float | None) -> None:
@@ -79,7 +78,7 @@ class Health:
         self.mean, self.count = 0.0, 0
         self.bad_in_a_row = 0
         self.good: int | None = None
-        self.unproven: int | None = None
+        self._unproven: int | None = None
         self._calm = -1  # first image of the newest calm step
 
     def add(self, step: Step) -> str:
@@ -103,12 +102,17 @@ class Health:
 
     def saved(self, nimg: int) -> None:
         """There is a new checkpoint, which a calm step is to prove, or has proven while it was written."""
-        self.unproven = nimg
+        self._unproven = nimg
         self._prove()
 
+    @property
+    def kept(self) -> set[int]:
+        """Images of the checkpoints that must not be deleted: the good one, and the one that may become it."""
+        return {nimg for nimg in (self.good, self._unproven) if nimg is not None}
+
     def _prove(self) -> None:
-        if self.unproven is not None and self.unproven <= self._calm:
-            self.good, self.unproven = self.unproven, None
+        if self._unproven is not None and self._unproven <= self._calm:
+            self.good, self._unproven = self._unproven, None
 
     def state(self) -> dict[str, Any]:
         """Plain types, for a checkpoint."""
@@ -116,7 +120,7 @@ class Health:
 
     def resume(self, state: Any, nimg: int) -> None:
         """Go on from the checkpoint of image `nimg`. state: what it keeps of this; another makes a new beginning."""
-        self.bad_in_a_row, self.unproven, self._calm = 0, nimg, -1
+        self.bad_in_a_row, self._unproven, self._calm = 0, nimg, -1
         match state:
             case {"loss": float(loss), "steps": int(steps), "good": int() | None as good}:
                 self.mean, self.count, self.good = loss, steps, good

@@ -56,7 +56,6 @@ class Saver:
         group = dist.new_group(backend="gloo", timeout=_PATIENCE) if engine.world > 1 else None
         self.team = Team(engine.rank, engine.world, group)
         self._pending: deque[Future[Saved]] = deque()
-        self.in_flight: deque[int] = deque()  # images of the checkpoints that `poll` has not told of yet
         self._jobs: queue.SimpleQueue[tuple[Future[Saved], Content, float] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
@@ -68,7 +67,6 @@ class Saver:
         content = describe(self.folder, self.engine, nimg=nimg, state=state, keep=self.keep, good=good)
         future: Future[Saved] = Future()
         self._pending.append(future)
-        self.in_flight.append(nimg)
         if not self.background:
             _write(future, content, None, self.team)
             return
@@ -83,7 +81,6 @@ class Saver:
         """What has been finished since the last call, oldest first. What is no CheckpointError is raised here."""
         found = []
         while self._pending and self._pending[0].done():
-            self.in_flight.popleft()
             found.append(self._pending.popleft().result())
         return found
 

@@ -14,15 +14,19 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from tests.drill import stages
 
 CONFIG = Path(__file__).resolve().parents[2] / "configs" / "digits.yaml"
 SIZE, IMAGES, STEPS = 8, 24, 16
@@ -46,14 +50,14 @@ class Lost(Exception):
     """The run did not come to its end, or said something else than it should."""
 
 
-def command(arguments: list[str], log: str, largest_file: int | None) -> None:
-    """In a process of its own: the command line, its output in a file."""
+def command(arguments: list[str], log: str, death: tuple[str, int] | None) -> None:
+    """In a process of its own: the command line, its output in a file. death: in which stage, at which time."""
     with open(log, "ab", buffering=0) as out:
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
-    if largest_file is not None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, resource.RLIM_INFINITY))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    if death is not None:
+        stages.plant(*death)
     from pixelgen_fast.cli import main
 
     sys.exit(main(arguments))
@@ -72,9 +76,13 @@ class Run:
         self.place.mkdir(parents=True, exist_ok=True)
         write_images(self.data)
 
-    def start(self, largest_file: int | None = None) -> BaseProcess:
-        words = [f"run.dir={self.folder}", f"data.root={self.data}", *SETTINGS, *self.settings]
-        process = _forks.Process(target=command, args=(["train", str(CONFIG), *words], str(self.log), largest_file))
+    @property
+    def words(self) -> list[str]:
+        settings = [f"run.dir={self.folder}", f"data.root={self.data}", *SETTINGS, *self.settings]
+        return ["train", str(CONFIG), *settings]
+
+    def start(self, death: tuple[str, int] | None = None) -> BaseProcess:
+        process = _forks.Process(target=command, args=(self.words, str(self.log), death))
         process.start()
         return process
 
@@ -136,12 +144,17 @@ def weights(run: Run) -> dict[str, np.ndarray]:
     return found
 
 
-def differing(run: Run, undisturbed: dict[str, np.ndarray]) -> list[str]:
+def differing(run: Run, undisturbed: dict[str, np.ndarray], tolerated: float) -> list[str]:
+    """Names of tensors that are not the same, or apart by more than is tolerated of their norm."""
     found = weights(run)
-    names = found.keys() | undisturbed.keys()
-    return sorted(
-        n for n in names if n not in found or n not in undisturbed or not np.array_equal(found[n], undisturbed[n])
-    )
+
+    def same(name: str) -> bool:
+        a, b = found.get(name), undisturbed.get(name)
+        if a is None or b is None or a.shape != b.shape:
+            return False
+        return np.array_equal(a, b) or float(np.linalg.norm(a - b)) <= tolerated * float(np.linalg.norm(b))
+
+    return sorted(name for name in found.keys() | undisturbed.keys() if not same(name))
 
 
 # --- the faults ---
@@ -162,19 +175,8 @@ def kill(run: Run, rng: random.Random) -> None:
     run.end(process)
 
 
-def kill_while_saving(run: Run, rng: random.Random) -> None:
-    process, folder = run.start(), run.folder / "checkpoints"
-    number, seen = rng.randrange(1, 4), set()
-
-    def saving() -> bool:
-        if folder.is_dir():
-            seen.update(p.name for p in folder.iterdir() if p.name.startswith("tmp-"))
-        return len(seen) >= number
-
-    run.wait_for(saving, process)
-    time.sleep(rng.expovariate(1 / 0.01))
-    process.kill()
-    run.end(process)
+def kill_in_a_stage(run: Run, rng: random.Random) -> None:
+    run.end(run.start((rng.choice(stages.STAGES), rng.randint(1, 3))), -signal.SIGKILL)
 
 
 def stop_by_signal(run: Run, rng: random.Random) -> None:
@@ -225,9 +227,26 @@ def half_a_row(run: Run, rng: random.Random) -> None:
 
 
 def full_disk(run: Run, rng: random.Random) -> None:
-    """No file may grow beyond some kilobytes; the run says so, or goes on without what did not fit."""
-    process = run.start(largest_file=rng.choice([100, 1000, 4000, 16_000, 64_000]))
+    """No file may grow for a while, or to the end: the run says so, or goes on without what did not fit."""
+    process = run.start()
+    run.wait_for(lambda: (run.folder / "metrics.jsonl").exists(), process)
+    somewhere(run, process, rng)
+    if process.is_alive():
+        limits = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (rng.choice([0, 1000, 4096, 16_000]), limits[1]))
+        process.join(rng.uniform(0.1, 1.5))
+        if process.is_alive():
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limits)
     run.end(process, 0, MEND)
+
+
+def checkpoints_deleted(run: Run, rng: random.Random) -> None:
+    """They vanish under a running process, which makes new ones."""
+    process = run.start()
+    run.wait_for(lambda: bool(run.checkpoints()), process)
+    somewhere(run, process, rng)
+    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    run.end(process, 0)
 
 
 def data_away(run: Run, rng: random.Random) -> None:
@@ -256,7 +275,7 @@ def reader_killed(run: Run, rng: random.Random) -> None:
     readers: list[int] = []
 
     def there() -> bool:
-        readers[:] = children(process.pid)
+        readers[:] = children(process.pid, b"spawn_main")
         return bool(readers)
 
     if run.wait_for(there, process):
@@ -269,27 +288,50 @@ def reader_killed(run: Run, rng: random.Random) -> None:
     run.end(process, 0)
 
 
-def children(pid: int) -> list[int]:
-    """Reader processes below a process: those that were spawned."""
+def rank_killed(run: Run, rng: random.Random) -> None:
+    """One of two ranks dies; the launcher ends with the other, and one rank alone goes on."""
+    settings = ["train.micro_batch=2", "run.rank_limit=20"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    with run.log.open("ab") as log:
+        process = subprocess.Popen(
+            [*launcher, "pixelgen_fast", *run.words, *settings], stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        metrics, rows = run.folder / "metrics.jsonl", rng.randrange(1, STEPS)
+        while process.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b"\n") >= rows):
+            time.sleep(0.01)
+        if ranks := children(process.pid, b"pixelgen_fast"):
+            os.kill(rng.choice(ranks), signal.SIGKILL)
+        process.wait(PATIENCE)
+    except subprocess.TimeoutExpired as hangs:
+        raise Lost(f"two ranks hang for {PATIENCE:.0f} s") from hangs
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def children(pid: int, word: bytes) -> list[int]:
+    """Processes below a process in whose command line a word is."""
     found = []
     for entry in Path("/proc").iterdir():
         try:
             if entry.name.isdecimal() and int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1]) == pid:
-                words = (entry / "cmdline").read_bytes()
-                if b"spawn_main" in words:
-                    found.append(int(entry.name))
+                found += [int(entry.name)] * (word in (entry / "cmdline").read_bytes())
         except (OSError, ValueError, IndexError):
             continue
     return found
 
 
 FAULTS: dict[str, tuple[Callable[[Run, random.Random], None], int]] = {
+    "a rank of two killed": (rank_killed, 1),
     "killed anywhere": (kill, 4),
-    "killed while saving": (kill_while_saving, 3),
+    "killed in a stage of a checkpoint": (kill_in_a_stage, 4),
     "stopped by a signal": (stop_by_signal, 3),
     "newest checkpoint damaged": (damaged_checkpoint, 3),
     "half a row of metrics": (half_a_row, 1),
     "no room for files": (full_disk, 2),
+    "checkpoints deleted": (checkpoints_deleted, 1),
     "data away for up to 2 s": (data_away, 1),
     "a second run in the folder": (second_owner, 1),
     "reader killed": (reader_killed, 1),
@@ -302,7 +344,8 @@ def outcome(name: str, seed: int, place: Path, undisturbed: dict[str, np.ndarray
     try:
         FAULTS[name][0](run, random.Random(seed))
         run.finish()
-        names = differing(run, undisturbed)
+        # two ranks add in another order
+        names = differing(run, undisturbed, 1e-5 if FAULTS[name][0] is rank_killed else 0.0)
     except Lost as lost:
         return f"lost: {lost}"
     if names:

@@ -81,7 +81,9 @@ def test_a_checkpoint_is_not_proven_by_the_step_that_led_to_it() -> None:
 def test_a_checkpoint_may_have_been_proven_while_it_was_written() -> None:
     found = health([1.0, 1.0, 1.0])
     found.saved(16)
-    assert found.good == 16
+    assert found.good == 16 and found.kept == {16}
+    found.saved(24)
+    assert found.good == 16 and found.kept == {16, 24}
 
 
 def test_a_resumed_run_knows_the_range_of_its_loss() -> None:
