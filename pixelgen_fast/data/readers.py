@@ -72,8 +72,10 @@ class Readers:
         self._readers: list[_Reader] = []
         # Called before the handler of multiprocessing, which waits for processes that nothing tells to end.
         atexit.register(_close, weakref.ref(self))
+        # Not through a pipe, where a million names would wait for a process that may have been killed meanwhile.
+        brief = SharedMemory.holding(source)
         for _ in range(count):
-            self._readers.append(_Reader(source, ahead))
+            self._readers.append(_Reader(source.bad, brief, ahead))
 
     def begin(self, batch: int) -> None:
         """`next` gives micro-batch `batch`, and then those after it."""
@@ -110,7 +112,7 @@ class Readers:
         numbers = self.order.numbers(batch)
         for r, reader in enumerate(self._readers):
             if places := self._places(batch, r):
-                reader.ask(batch % self.ahead, [numbers[j] for j in places])
+                reader.ask(batch % self.ahead, numbers[places.start :: places.step])
         self._asked = batch + 1
 
     def _places(self, batch: int, reader: int) -> range:
@@ -127,14 +129,14 @@ def _close(readers: weakref.ref[Readers]) -> None:
 class _Task(NamedTuple):
     ticket: int
     slot: int
-    numbers: list[int]
+    numbers: range
 
 
 class _Reader:
     """One process, as seen by the one that started it: asked for tasks, it gives their results in the same order."""
 
-    def __init__(self, source: Source, slots: int) -> None:
-        self.source = source
+    def __init__(self, bad: set[int], brief: SharedMemory, slots: int) -> None:
+        self.bad, self.brief = bad, brief
         self.tickets = 0
         self.deaths = 0
         self.owed: deque[_Task] = deque()
@@ -145,7 +147,7 @@ class _Reader:
         except OSError as error:
             raise shortage("cannot start a reader process", error) or error from error
 
-    def ask(self, slot: int, numbers: list[int]) -> None:
+    def ask(self, slot: int, numbers: range) -> None:
         """Let the process put the items of image numbers into a slot whose last items are no longer in use."""
         self.owed.append(self._task(slot, numbers))
         self._send(self.owed[-1])
@@ -169,7 +171,7 @@ class _Reader:
         """Give up all tasks, and tell the process which images are known to be unreadable."""
         self.owed.clear()
         self.replies.clear()
-        self._send(frozenset(self.source.bad))
+        self._send(frozenset(self.bad))
 
     def hang_up(self) -> None:
         """The process ends by itself when it next looks at its pipe."""
@@ -183,12 +185,13 @@ class _Reader:
 
     def _start(self) -> None:
         self.pipe, theirs = _context.Pipe()
-        self.process = _context.Process(target=_serve, args=(theirs, self.source, self.memory), daemon=True)
+        self.process = _context.Process(target=_serve, args=(theirs, self.brief, self.memory), daemon=True)
         with signals_withheld():
             self.process.start()
         theirs.close()
+        self._send(frozenset(self.bad))
 
-    def _task(self, slot: int, numbers: list[int]) -> _Task:
+    def _task(self, slot: int, numbers: range) -> _Task:
         self.tickets += 1
         return _Task(self.tickets, slot, numbers)
 
@@ -237,9 +240,10 @@ def _ending(code: int | None) -> str:
     return f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
 
 
-def _serve(pipe: Connection, source: Source, memory: list[SharedMemory]) -> None:
+def _serve(pipe: Connection, brief: SharedMemory, memory: list[SharedMemory]) -> None:
     """The process: answers tasks until the other end of the pipe is closed, which it is when the trainer has ended."""
-    with suppress(EOFError, ConnectionError, KeyboardInterrupt):
+    source: Source = brief.held()
+    with suppress(EOFError, ConnectionError):
         while True:
             message = pipe.recv()
             if isinstance(message, frozenset):
@@ -249,7 +253,7 @@ def _serve(pipe: Connection, source: Source, memory: list[SharedMemory]) -> None
             pipe.send((ticket, _reply(source, memory, slot, numbers)))
 
 
-def _reply(source: Source, memory: list[SharedMemory], slot: int, numbers: list[int]) -> tuple[int, int] | Exception:
+def _reply(source: Source, memory: list[SharedMemory], slot: int, numbers: range) -> tuple[int, int] | Exception:
     """Where in its slot the items' description lies, or why there are none."""
     items = []
     try:

@@ -1,4 +1,4 @@
-"""Memory that two processes share, for the items of one task of a reader process.
+"""Memory that processes share: what a reader process begins with, and the items of one of its tasks.
 
 It is an anonymous file (memfd), so neither the size of /dev/shm nor a killed process matters to it: it is gone with the
 last process that holds it. There is no lock: who may write is agreed upon by messages.
@@ -50,6 +50,19 @@ class SharedMemory:
     @counter.setter
     def counter(self, value: int) -> None:
         self._map[:_HEAD] = value.to_bytes(_HEAD, "little")
+
+    @classmethod
+    def holding(cls, what: Any) -> SharedMemory:
+        """New memory with a pickled object, for `held`. Raises ResourceError without memory."""
+        data, memory = pickle.dumps(what), cls()
+        memory._fit(_HEAD + len(data))
+        memory._map[_HEAD : _HEAD + len(data)] = data
+        return memory
+
+    def held(self) -> Any:
+        """The object that `holding` put here."""
+        self._fit(os.fstat(self._file).st_size)
+        return pickle.loads(memoryview(self._map)[_HEAD:])
 
     def write(self, items: Sequence[Item], found: dict[int, str]) -> tuple[int, int]:
         """Put items and a reader's findings here; returns what `read` needs. Raises ResourceError without memory."""

@@ -104,6 +104,20 @@ def test_a_killed_reader_does_not_show_in_the_loaders_batches(source):
             assert all(torch.equal(a, b) for a, b in zip(next(here), next(there), strict=True))
 
 
+def test_readers_of_a_large_index_killed_while_they_start(source):
+    """What a reader begins with is more than a pipe holds."""
+    source.index.classes = ["a class of a long name " * 100] * 100
+    here, pool = InProcess(source, ORDER, 0), Readers(source, ORDER, 0, count=2, ahead=2)
+    try:
+        here.begin(0)
+        pool.begin(0)
+        for _ in range(2):
+            kill_all(pool)
+            assert content(pool.next()) == content(here.next())
+    finally:
+        pool.close()
+
+
 def test_a_reader_that_stands_still_is_replaced(source, monkeypatch, caplog):
     monkeypatch.setattr(readers, "_SILENCE", 0.5)
     here, pool = InProcess(source, ORDER, 0), Readers(source, ORDER, 0, count=1, ahead=2)
