@@ -116,7 +116,7 @@ def _evaluate(args: argparse.Namespace, team: Team) -> None:
     # Equal numbers of every class: random labels cost about 0.1 FID.
     labels = torch.arange(count) % len(loaded.classes)
     if not digits:
-        team.first(lambda: _check_reference(args))
+        team.first(lambda: _check_reference(args, loaded.config.data.image_size))
     settings = {name: getattr(loaded.config.sample, name) for name in _SAMPLING} | changes
     images = team.collect(loaded.batches(labels, **team.drawing(), **changes), count, settings["batch"])
     if images is None:
@@ -131,15 +131,15 @@ def _evaluate(args: argparse.Namespace, team: Team) -> None:
         work.write_text(json.dumps({"settings": settings, "report": report.as_dict()}, indent=2) + "\n")
 
 
-def _check_reference(args: argparse.Namespace) -> None:
+def _check_reference(args: argparse.Namespace, size: int) -> None:
     """Raise what can be said of the reference before images are drawn."""
     from pixelgen_fast.eval.fid import check_reference
 
     if args.reference is None:
         raise errors.InputError(
-            "evaluating images other than the digits needs --reference, a folder of images or a statistics .npz"
+            "evaluating images other than the digits needs --reference, a data set of real images or a statistics .npz"
         )
-    check_reference(args.reference, weights=args.inception)
+    check_reference(args.reference, size=size, weights=args.inception)
 
 
 def _judge(images: Tensor, labels: Tensor, digits: bool, args: argparse.Namespace) -> DigitsReport | FidReport:

@@ -5,23 +5,24 @@
     precision, recall  share of generated (real) features inside the real (generated) manifold of nearest-neighbour
                        balls, k = 3, in the FID features (Kynkäänniemi et al., arXiv 1904.06991)
 
-The reference is a folder of real images or a named statistics file, .npz with mu [D] and sigma [D, D]; a file gives no
-precision and recall. A figure means nothing without its protocol, so the report names the extractor, the reference, its
+The reference is a data set of real images, anything that training reads, or a named statistics file, .npz with mu [D]
+and sigma [D, D]; a file gives no precision and recall. Real images are cropped as for training to the side of the
+generated ones. A figure means nothing without its protocol, so the report names the extractor, the reference, its
 hash and both counts. Inception weights: torch-fidelity's weights-inception-2015-12-05-6726825d.pth, which it downloads
 when no file is given.
 
-Shapes: N images uint8 [N, H, W, 3] or a folder of PNG/JPEG files of one size; D features.
+Shapes: N images uint8 [N, H, W, 3] or a data set on disk; D features.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import Any, TypeVar
 from urllib.error import URLError
 
 import numpy as np
@@ -31,6 +32,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from tqdm import tqdm
 
+from pixelgen_fast.data.crop import centre_crop
+from pixelgen_fast.data.encoded import UnreadableImage, decode, inspect
+from pixelgen_fast.data.image_index import ImageIndex
+from pixelgen_fast.data.index import open_index
+from pixelgen_fast.data.storage import read_bytes
 from pixelgen_fast.errors import InputError
 
 INCEPTION = "inception-v3-compat"
@@ -38,6 +44,7 @@ WEIGHTS_FILE = "weights-inception-2015-12-05-6726825d.pth"
 WEIGHTS_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{WEIGHTS_FILE}"
 
 Images = Tensor | str | Path
+T = TypeVar("T")
 
 _LEAST = 10
 
@@ -110,15 +117,18 @@ def evaluate_fid(
 ) -> FidReport:
     """Compare generated images with real ones, or with a statistics file of real ones.
 
-    images: uint8 [N, H, W, 3], or a folder searched with its sub-folders. reference: the same, or a .npz file.
+    images: uint8 [N, H, W, 3], or a data set of images of one size. reference: the same, or a .npz file; one on disk is
+    cropped to H pixels where H = W is known.
     weights: a local file of Inception weights; None lets torch-fidelity use its cache or download them.
     extractor: a name in torch-fidelity's registry of feature extractors.
     Raises ImportError without torch-fidelity, FileNotFoundError for a missing file or folder, ValueError for a file or
-    images that cannot be used, ConnectionError if the weights cannot be downloaded.
+    images that cannot be used, naming what cannot be read, ConnectionError if the weights cannot be downloaded.
     """
     fidelity = _torch_fidelity()
     statistics = _read_statistics(reference) if _is_statistics(reference) else None
-    datasets = [_as_dataset(source) for source in ([images] if statistics else [images, reference])]
+    datasets = [_as_dataset(images)]
+    if statistics is None:
+        datasets.append(_as_dataset(reference, _side(images)))
     layers = _layers(extractor, ("fid", "isc"))
     network = _build(extractor, layers, weights, device)
     if statistics is not None:
@@ -134,19 +144,27 @@ def evaluate_fid(
         **_metrics(generated, logits, real, statistics),
         generated=_describe(images),
         generated_count=len(generated),
-        reference=_describe(reference),
+        reference=_describe(reference, datasets[-1]),
         reference_count=None if real is None else len(real),
         extractor=f"torch-fidelity {fidelity.__version__} {extractor}",
     )
 
 
-def check_reference(reference: Images, *, weights: str | Path | None = None, extractor: str = INCEPTION) -> None:
-    """Raise what evaluate_fid would raise about its reference and weights: to be called before images are drawn."""
+def check_reference(
+    reference: Images, *, size: int | None = None, weights: str | Path | None = None, extractor: str = INCEPTION
+) -> None:
+    """Raise what evaluate_fid would raise about its reference and weights: to be called before images are drawn.
+
+    size: the side of the images that will be drawn; None takes the reference as it is. All files of a reference are
+    read, but not decoded.
+    """
     _torch_fidelity()
     if _is_statistics(reference):
         _read_statistics(reference)
     else:
-        _as_dataset(reference)
+        dataset = _as_dataset(reference, size)
+        with ThreadPoolExecutor(8) as pool:
+            _check_sizes(pool.map(dataset.shape, range(len(dataset))))
     _build(extractor, _layers(extractor, ("fid", "isc")), weights, "cpu")
 
 
@@ -173,7 +191,7 @@ def write_statistics(
 
 
 class _TensorImages(Dataset[Tensor]):
-    """Images in memory, as torch-fidelity reads them: uint8 [3, H, W] each."""
+    """Images in memory, as torch-fidelity takes them: uint8 [3, H, W] each."""
 
     def __init__(self, images: Tensor) -> None:
         self.images = images
@@ -184,6 +202,39 @@ class _TensorImages(Dataset[Tensor]):
     def __getitem__(self, index: int) -> Tensor:
         return rearrange(self.images[index], "h w c -> c h w")
 
+    def shape(self, index: int) -> tuple[int, int]:
+        """(height, width) of an image."""
+        return tuple(self.images.shape[1:3])
+
+
+class _IndexImages(Dataset[Tensor]):
+    """The same of a data set on disk, cropped as for training to size x size; None: as they are.
+
+    Raises InputError, naming the image, for one that cannot be read.
+    """
+
+    def __init__(self, index: ImageIndex, size: int | None) -> None:
+        self.index, self.size = index, size
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self._named(index, decode)
+        pixels = np.array(image if self.size is None else centre_crop(image, self.size))
+        return rearrange(torch.from_numpy(pixels), "h w c -> c h w")
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """(height, width) that an image will have, by its header."""
+        header = self._named(index, inspect)
+        return (header.height, header.width) if self.size is None else (self.size, self.size)
+
+    def _named(self, index: int, what: Callable[[bytes], T]) -> T:
+        try:
+            return what(read_bytes(self.index, index))
+        except UnreadableImage as error:
+            raise InputError(f"{self.index.path(index)} of {self.index.root}: {error}") from error
+
 
 def _torch_fidelity() -> Any:
     try:
@@ -193,20 +244,17 @@ def _torch_fidelity() -> Any:
     return torch_fidelity
 
 
-def _as_dataset(source: Images) -> Dataset[Tensor]:
-    from torch_fidelity.datasets import ImagesPathDataset
-    from torch_fidelity.utils import glob_samples_paths
-
+def _as_dataset(source: Images, size: int | None = None) -> _TensorImages | _IndexImages:
     if isinstance(source, Tensor):
         if source.dtype != torch.uint8 or source.ndim != 4 or source.shape[-1] != 3:
             raise InputError(f"images must be uint8 [N, H, W, 3], got {source.dtype} {list(source.shape)}")
-        dataset: Dataset[Tensor] = _TensorImages(source.cpu())
+        dataset: _TensorImages | _IndexImages = _TensorImages(source.cpu())
     else:
-        if not Path(source).is_dir():
+        if not Path(source).expanduser().exists():
             raise FileNotFoundError(f"{source} is not a folder of images (a statistics file must be named .npz)")
-        dataset = ImagesPathDataset(glob_samples_paths(str(source), True, "png,jpg,jpeg", verbose=False))
+        dataset = _IndexImages(open_index(source), size)
     if len(dataset) < _LEAST:
-        found = f"{len(dataset)} png, jpg or jpeg images {_describe(source)}"
+        found = f"{len(dataset)} {'images' if isinstance(source, Tensor) else 'in ' + str(source)}"
         raise InputError(f"at least {_LEAST} images are needed (the Inception Score has ten splits), found {found}")
     return dataset
 
@@ -278,10 +326,20 @@ def _extract(
 
 
 def _stack(images: list[Tensor]) -> Tensor:
-    sizes = sorted({f"{image.shape[1]}x{image.shape[2]}" for image in images})
+    _check_sizes(tuple(image.shape[1:]) for image in images)
+    return torch.stack(images)
+
+
+def _check_sizes(shapes: Iterable[tuple[int, int]]) -> None:
+    sizes = sorted(f"{height}x{width}" for height, width in set(shapes))
     if len(sizes) > 1:
         raise InputError(f"images must have one size, found {', '.join(sizes[:5])}; crop them as for training first")
-    return torch.stack(images)
+
+
+def _side(images: Images) -> int | None:
+    """The side of square images in memory."""
+    square = isinstance(images, Tensor) and images.ndim == 4 and images.shape[1] == images.shape[2]
+    return int(images.shape[1]) if square else None
 
 
 def _statistics(features: Tensor) -> dict[str, np.ndarray]:
@@ -290,11 +348,12 @@ def _statistics(features: Tensor) -> dict[str, np.ndarray]:
     return fid_features_to_statistics(features.double())
 
 
-def _describe(source: Images) -> str:
+def _describe(source: Images, dataset: _TensorImages | _IndexImages | None = None) -> str:
     if isinstance(source, Tensor):
         return "held in memory"
-    path = Path(source)
-    if path.is_dir():
-        return path.name
+    path = Path(source).expanduser()
+    if path.suffix != ".npz":
+        cropped = isinstance(dataset, _IndexImages) and dataset.size not in (None, dataset.index.size)
+        return f"{path.name}, cropped as for training to {dataset.size} pixels" if cropped else path.name
     with path.open("rb") as file:
         return f"{path.name}, sha256 {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"

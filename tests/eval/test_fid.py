@@ -4,6 +4,7 @@ No weights are downloaded: the small extractor pools the pixels, and Inception i
 """
 
 import sys
+import tarfile
 from urllib.error import URLError
 
 import numpy as np
@@ -17,6 +18,8 @@ from torch_fidelity import feature_extractor_inceptionv3 as inception
 from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
+from pixelgen_fast.data.crop import centre_crop
+from pixelgen_fast.data.tools import pack
 from pixelgen_fast.eval.fid import INCEPTION, check_reference, evaluate_fid, write_statistics
 from pixelgen_fast.eval.frechet import frechet_distance
 
@@ -149,6 +152,65 @@ def test_a_reference_is_checked_before_images_are_drawn(tmp_path):
     check_reference(write_statistics(draw(10, 1), tmp_path / "s.npz", extractor=POOLED), extractor=POOLED)
 
 
+def as_webp(path, images):
+    for name in folder(path, images).rglob("*.png"):
+        Image.open(name).save(name.with_suffix(".webp"), lossless=True)
+        name.unlink()
+    return path
+
+
+def as_links(path, images):
+    path.mkdir()
+    for entry in folder(path.with_name("store"), images).iterdir():
+        (path / entry.name).symlink_to(entry)
+    (path / "1" / "@eaDir").mkdir()
+    Image.new("RGB", (3, 3)).save(path / "1" / "@eaDir" / "thumb.png")
+    return path
+
+
+def as_packed(path, images):
+    pack(folder(path.with_name("unpacked"), images), path, 8)
+    return path
+
+
+def as_tar(path, images):
+    with tarfile.open(path.with_suffix(".tar"), "w") as archive:
+        archive.add(folder(path, images), ".")
+    return path.with_suffix(".tar")
+
+
+@pytest.mark.parametrize("form", [as_webp, as_links, as_packed, as_tar])
+def test_a_reference_may_be_whatever_training_reads(tmp_path, monkeypatch, form):
+    monkeypatch.setenv("PIXELGEN_CACHE", str(tmp_path / "cache"))
+    images, reference = draw(40, 1), draw(50, 2)
+    path = form(tmp_path / "real", reference)
+    check_reference(path, size=8, extractor=POOLED)
+    report = evaluate_fid(images, path, extractor=POOLED)
+    assert report.reference_count == 50
+    assert report.fid == pytest.approx(evaluate_fid(images, reference, extractor=POOLED).fid, rel=1e-9)
+
+
+def test_a_reference_of_photographs_is_cropped_as_for_training(tmp_path):
+    images, path = draw(12, 1), tmp_path / "photos" / "a"
+    path.mkdir(parents=True)
+    for k in range(12):
+        Image.fromarray(np.random.default_rng(k).integers(0, 256, (20 + k, 30, 3), dtype=np.uint8)).save(
+            path / f"{k:02}.png"
+        )
+    check_reference(path.parent, size=8, extractor=POOLED)
+    cropped = torch.from_numpy(np.stack([np.asarray(centre_crop(Image.open(p), 8)) for p in sorted(path.iterdir())]))
+    report = evaluate_fid(images, path.parent, extractor=POOLED)
+    assert report.fid == pytest.approx(evaluate_fid(images, cropped, extractor=POOLED).fid, rel=1e-9)
+    assert report.reference == "photos, cropped as for training to 8 pixels"
+
+
+def test_an_unreadable_image_of_a_reference_is_found_before_images_are_drawn(tmp_path):
+    path = folder(tmp_path / "real", draw(12, 1))
+    (path / "1" / "007.png").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"1/007\.png of .*the file is empty"):
+        check_reference(path, size=8, extractor=POOLED)
+
+
 def test_bad_input_is_named(tmp_path):
     images = draw(12, 1)
 
@@ -175,8 +237,9 @@ def test_bad_input_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"'resnet' is unknown; torch-fidelity has .*inception-v3-compat"):
         against(images, extractor="resnet")
     mixed = folder(tmp_path / "mixed", images)
-    Image.new("RGB", (9, 9)).save(mixed / "big.png")
-    with pytest.raises(ValueError, match="images must have one size, found 8x8, 9x9"):
-        against(mixed)
+    Image.new("RGB", (9, 9)).save(mixed / "0" / "big.png")
+    for look in (lambda: against(images, mixed), lambda: check_reference(mixed, extractor=POOLED)):
+        with pytest.raises(ValueError, match="images must have one size, found 8x8, 9x9"):
+            look()
     with pytest.raises(ValueError, match=r"a statistics file is named \.npz"):
         write_statistics(images, tmp_path / "stats.pt", extractor=POOLED)
