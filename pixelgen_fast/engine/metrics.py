@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 import time
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from pixelgen_fast import config as cfg
+from pixelgen_fast.atomic import replaced
 from pixelgen_fast.engine.rows import RowFile
 from pixelgen_fast.runs.folder import RunFolder
 
@@ -129,6 +131,7 @@ class Metrics:
         self.tensorboard = bool(config and config.log.tensorboard)
         self._open_tensorboard(nimg)
         self.wandb = _wandb_run(folder, config) if config and config.log.wandb_project else None
+        self.wandb_failed = False
 
     def advance(self, images: int) -> None:
         self.bar.update(images)
@@ -141,8 +144,7 @@ class Metrics:
         loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
         self.bar.set_postfix_str(f"loss {loss}, {row['images_per_second']:.1f} img/s", refresh=False)
         self._write_tensorboard(row)
-        if self.wandb:
-            self.wandb.log(row)
+        self._write_wandb(row)
 
     def _open_tensorboard(self, nimg: int) -> None:
         if self.tensorboard and self.writer is None:
@@ -161,6 +163,19 @@ class Metrics:
             self.writer = None
             self.say(f"TensorBoard has no row of image {row['nimg']:,}, the run goes on: {error}")
 
+    def _write_wandb(self, row: dict[str, float | int | None]) -> None:
+        """A row that Weights & Biases does not take is lost there, and said once."""
+        if not self.wandb:
+            return
+        try:
+            self.wandb.log(row)
+        except Exception as error:  # its errors are of many kinds, and metrics.jsonl has the row
+            if not self.wandb_failed:
+                self.say(f"Weights & Biases has no row of image {row['nimg']:,}, the run goes on: {error}")
+            self.wandb_failed = True
+        else:
+            self.wandb_failed = False
+
     def say(self, text: str) -> None:
         """Print above the progress bar."""
         if self.active:
@@ -174,7 +189,8 @@ class Metrics:
                 with suppress(OSError):  # metrics.jsonl has the same rows
                     self.writer.close()
             if self.wandb:
-                self.wandb.finish()
+                with suppress(Exception):
+                    self.wandb.finish()
 
 
 def _drop_rows_after(path: Path, nimg: int) -> None:
@@ -200,18 +216,27 @@ def _summary_writer(folder: RunFolder, nimg: int) -> Any:
     except ImportError:
         log.warning("log.tensorboard is on but tensorboard is not installed; pip install pixelgen_fast[log]")
         return None
-    return SummaryWriter(str(folder.tensorboard), purge_step=nimg)
+    return SummaryWriter(str(folder.tensorboard), purge_step=nimg + 1)  # the row of nimg itself stays
 
 
 def _wandb_run(folder: RunFolder, config: cfg.Config) -> Any:
     try:
         import wandb
 
-        name = folder.root.name
         return wandb.init(
-            project=config.log.wandb_project, name=name, dir=str(folder.root), config=cfg.to_dict(config),
-            resume="allow", id=name,
+            project=config.log.wandb_project, name=folder.root.name, dir=str(folder.root), config=cfg.to_dict(config),
+            resume="allow", id=_wandb_id(folder),
         )  # fmt: skip
     except Exception as error:  # a logger must never cost a run; the local records go on
         log.warning("log.wandb_project: Weights & Biases did not start, the run goes on without it: %s", error)
         return None
+
+
+def _wandb_id(folder: RunFolder) -> str:
+    """The run's own id, kept in its folder: two folders of one name are two runs, and a resumed run is one."""
+    if folder.wandb_id.is_file() and (kept := folder.wandb_id.read_text().strip()):
+        return kept
+    new = secrets.token_hex(6)
+    with replaced(folder.wandb_id) as work:
+        work.write_text(new + "\n")
+    return new

@@ -5,6 +5,7 @@
       samples/             a grid of images now and then         checkpoints/      see checkpoint.py
       final.png, loss.png  at the end                            dino/             see dino/kept.py
       owner.json           locked by the run that writes here, see owner.py
+      wandb_id.txt         its id at Weights & Biases, where it is logged there
       evaluation.json      of `pixelgen evaluate`                generated/        of `pixelgen sample`
 
 <export>/model.safetensors, config.json, dino/
@@ -49,6 +50,10 @@ class RunFolder:
     @property
     def tensorboard(self) -> Path:
         return self.root / "tensorboard"
+
+    @property
+    def wandb_id(self) -> Path:
+        return self.root / "wandb_id.txt"
 
     @property
     def checkpoints(self) -> Path:

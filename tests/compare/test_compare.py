@@ -1,6 +1,11 @@
 """A comparison runs what is missing, reads what the runs left, and says what the numbers say."""
 
 import json
+import os
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -136,3 +141,24 @@ def test_the_reading_says_when_a_lower_alignment_loss_has_worse_pixels() -> None
 def test_spread() -> None:
     assert Spread((1.0, 2.0, 4.0)).text(".2f") == "2.33 ± 1.50"
     assert Spread((1.0,)).text(".1f") == "1.0" and Spread(()).text(".1f") == ""
+
+
+def test_a_signal_is_passed_on_to_the_run_which_saves(tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    child = (
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        f"pathlib.Path({str(ready)!r}).touch()\n"
+        "time.sleep(60)"
+    )
+
+    def ask() -> None:
+        while not ready.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    with (tmp_path / "log").open("w") as out:
+        assert run._finished([sys.executable, "-c", child], out) == 75
+    asking.join()
