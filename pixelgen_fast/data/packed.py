@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import tokenize
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ from pixelgen_fast.data.image_index import ImageIndex
 from pixelgen_fast.data.storage import OpenFiles
 from pixelgen_fast.errors import InputError
 
+# numpy reads a header as Python source
+_NO_HEADER = (ValueError, KeyError, EOFError, SyntaxError, tokenize.TokenError)
 PACKED_FILES = ("images.npy", "labels.npy", "classes.json")
 
 
@@ -67,7 +70,7 @@ def _header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
     with open(path, "rb") as file:
         try:
             shape, columns_first, dtype = readers[np.lib.format.read_magic(file)](file)
-        except (ValueError, KeyError, EOFError) as error:
+        except _NO_HEADER as error:
             raise InputError(f"{path} does not begin as an .npy file does ({error}): pack it again") from error
         if columns_first:
             raise InputError(f"{path} is in column order: pack it again")
@@ -75,13 +78,13 @@ def _header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
 
 
 def _labels(path: Path) -> np.ndarray:
-    try:
-        labels = np.load(path)
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path} is damaged ({error}): pack it again") from error
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(f"{path} must hold integers, got {labels.dtype}: pack it again")
-    return labels
+    shape, dtype, begin = _header(path)
+    if not np.issubdtype(dtype, np.integer):
+        raise InputError(f"{path} must hold integers, got {dtype}: pack it again")
+    need, there = begin + math.prod(shape) * dtype.itemsize, path.stat().st_size
+    if there != need:
+        raise InputError(f"{path} has {there:,} bytes, and its {list(shape)} numbers need {need:,}: pack it again")
+    return np.fromfile(path, dtype, offset=begin).reshape(shape)
 
 
 def _classes(path: Path) -> list[str]:

@@ -80,8 +80,8 @@ def check_state(state: State, wanted: Mapping[str, tuple[int, ...]], fixed: Stat
         and not torch.allclose(state[name].float(), table, 0, 4e-3)
     ]
     if problems:
-        shown = "\n  ".join(problems[:20]) + ("" if len(problems) <= 20 else f"\n  and {len(problems) - 20} more")
-        raise InputError(f"{len(problems)} weights do not fit the model:\n  {shown}")
+        shown = "; ".join(problems[:20]) + ("" if len(problems) <= 20 else f"; and {len(problems) - 20} more")
+        raise InputError(f"{len(problems)} weights do not fit the model: {shown}")
 
 
 def add_linear(shapes: Shapes, name: str, rows: int, columns: int, bias: bool = True) -> None:

@@ -112,13 +112,13 @@ def load(path: str | Path, weights: str | None = None, device: torch.device | st
         home = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
         about = read_state(folder, RUN)
         if weights in (None, "ema"):
-            weights = ema_key(cfg.from_dict(about["config"], model_schema).optimizer.ema[0])
+            weights = ema_key(_configuration(about, path).optimizer.ema[0])
         about["weights"] = weights
         state = strip_prefix(read_weights(folder, weights))
     else:
         raise GeneratorError(f"{path}: no such folder; give a run folder or one written by pixelgen export")
     _check_classes(about["classes"], path)
-    config = with_kept_dino(cfg.from_dict(about["config"], model_schema), home)
+    config = with_kept_dino(_configuration(about, path), home)
     _check_size(config, state, len(about["classes"]), path)
     model = build_model(config, len(about["classes"]))
     load_weights(model, state, str(path))
@@ -140,6 +140,13 @@ def load_for_other_classes(model: System, state: dict[str, Tensor], origin: str)
         said = f"{origin} knows {len(there) - 1:,} classes and this run {len(own) - 1:,}: their table begins anew"
     load_weights(model, state, origin)
     return said
+
+
+def _configuration(about: dict[str, Any], path: Path) -> cfg.Config:
+    try:
+        return cfg.from_dict(about["config"], model_schema)
+    except cfg.ConfigError as error:
+        raise GeneratorError(f"{path}: {error}") from error
 
 
 def _check_classes(classes: list[str], origin: Path) -> None:
