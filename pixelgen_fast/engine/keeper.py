@@ -7,7 +7,9 @@ tried again.
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,13 +20,16 @@ from torch import Tensor
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast.engine.collectives import any_rank
+from pixelgen_fast.engine.memory import available_memory
 from pixelgen_fast.engine.watch import Health, StepWatch
 from pixelgen_fast.engine.zero import ZeroEngine
 from pixelgen_fast.runs import checkpoint
 from pixelgen_fast.runs.ranks import Team
-from pixelgen_fast.runs.saver import Saved, Saver
+from pixelgen_fast.runs.saver import IN_FLIGHT, Saved, Saver
 
 RETRY_SECONDS = 30.0
+
+log = logging.getLogger(__name__)
 
 
 class Keeper:
@@ -34,7 +39,8 @@ class Keeper:
         self, config: cfg.Config, engine: ZeroEngine, folder: Path, device: torch.device, say: Callable[[str], None]
     ) -> None:
         self.engine, self.folder, self.say = engine, folder, say
-        self.saver = Saver(folder, engine, keep=config.save.keep, background=config.save.background)
+        background = config.save.background and has_memory(engine)
+        self.saver = Saver(folder, engine, keep=config.save.keep, background=background)
         self.max_bad_steps = config.train.max_bad_steps
         self.health, self.watch = Health(config.train.loss_range), StepWatch(device)
         self.saved: int | None = None  # image of the newest checkpoint on disk
@@ -118,3 +124,17 @@ class Keeper:
                 f"{one.written:.2f} s"
             )
         return finished[-1].error if finished else None
+
+
+def has_memory(engine: ZeroEngine) -> bool:
+    """Whether this host can hold the checkpoints that its ranks have in flight; a warning says where it cannot."""
+    values = sum(math.prod(engine.shapes[name]) * len(engine.kinds(name)) for name in engine.names())
+    ranks = min(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), engine.world)
+    needed, free = 4 * values * IN_FLIGHT * ranks // engine.world, available_memory()
+    if free is None or needed <= free:
+        return True
+    log.warning(
+        "save.background needs %.1f GB of host memory and %.1f GB are free: training waits for the disk instead",
+        needed / 1e9, free / 1e9,
+    )  # fmt: skip
+    return False

@@ -1,8 +1,9 @@
-"""Host memory between steps: what a step frees, the next one takes again."""
+"""Host memory: what a step frees, the next one takes again; and how much there is to hold checkpoints in."""
 
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 
 # mallopt's names for them, from glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -19,3 +20,14 @@ def keep_freed_memory() -> bool:
     if mallopt is None:
         return False
     return bool(mallopt(_M_MMAP_MAX, 0) and mallopt(_M_TRIM_THRESHOLD, _LARGEST) and mallopt(_M_TOP_PAD, _TOP_PAD))
+
+
+def available_memory() -> int | None:
+    """Bytes that processes of this host can still take without swapping; None where the system does not tell."""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    return None

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.engines import Memory
 from support.runs import rows, train
 from support.spoiled import Spoiled
 
@@ -115,3 +116,12 @@ def test_a_slow_disk_costs_no_checkpoint_that_is_good(
     Spoiled(48, 10_000).install(monkeypatch)
     assert main(command(tmp_path / "run", 400, "save.keep=1")) == 2
     assert f"the last good checkpoint is {tmp_path}/run/checkpoints/{32:012d}." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("free", "enough"), [(None, True), (10**12, True), (1000, False)])
+def test_checkpoints_that_memory_cannot_hold_are_written_at_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, free: int | None, enough: bool
+) -> None:
+    monkeypatch.setattr(keeper, "available_memory", lambda: free)
+    assert keeper.has_memory(Memory(1)) == enough
+    assert ("save.background needs" in caplog.text) == (not enough)

@@ -4,6 +4,8 @@ import resource
 import subprocess
 import sys
 
+from pixelgen_fast.engine.memory import available_memory
+
 PROGRAM = """
 import resource, sys
 import torch
@@ -29,3 +31,7 @@ def test_a_large_tensor_is_made_again_without_new_pages():
         for how in ("kept", "given back")
     )
     assert kept < 100 < given_back
+
+
+def test_the_host_says_what_it_has():
+    assert 2**20 < available_memory() < 2**50
