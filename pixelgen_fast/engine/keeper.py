@@ -45,10 +45,14 @@ class Keeper:
         self.health, self.watch = Health(config.train.loss_range), StepWatch(device)
         self.saved: int | None = None  # image of the newest checkpoint on disk
         self._taken: set[int] = set()  # images of those in flight, which may turn out to be the good one
+        self._origin: tuple[int, Path] | None = None  # what the run went on from
         self._retry_at = math.inf
 
-    def resume(self, nimg: int, state: dict[str, Any] | None) -> None:
-        """Go on from the checkpoint of image `nimg`. state: what it keeps of the losses."""
+    def resume(self, path: Path, nimg: int, state: dict[str, Any] | None) -> None:
+        """Go on from the checkpoint of image `nimg`, in any folder. state: what it keeps of the losses."""
+        self._origin = (nimg, path)
+        for _ in self.watch.poll(wait=True):  # steps that are given up
+            pass
         self.saved = nimg
         self.health.resume(state, nimg)
 
@@ -95,11 +99,13 @@ class Keeper:
 
     def _retreat(self) -> Path | None:
         good = -1 if self.health.good is None else self.health.good
-        known = (path for path in checkpoint.checkpoints(self.folder) if int(path.name) <= good)
-        whole = next((path for path in known if not checkpoint.damage(path)), None)
-        for path in checkpoint.set_aside(self.folder, None if whole is None else int(whole.name)):
-            self.say(f"{path} was taken when the run was not known to be sound; it is not used again")
-        return whole
+        known = [(int(path.name), path) for path in checkpoint.checkpoints(self.folder)]
+        known += [self._origin] if self._origin else []
+        whole = [found for found in known if found[0] <= good and not checkpoint.damage(found[1])]
+        nimg, path = max(whole, default=(None, None))
+        for aside in checkpoint.set_aside(self.folder, nimg):
+            self.say(f"{aside} was taken when the run was not known to be sound; it is not used again")
+        return path
 
     def close(self) -> None:
         self.saver.close()

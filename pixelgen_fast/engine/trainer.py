@@ -176,7 +176,7 @@ class Trainer:
             raise self._failed()
         state = checkpoint.load(path, self.engine)
         self.nimg, self.seconds, self.due = state["nimg"], state["seconds"], False
-        self.keeper.resume(self.nimg, state.get("health"))
+        self.keeper.resume(path, self.nimg, state.get("health"))
         self.returns += 1
         self.report.close()
         self._begin()
@@ -258,7 +258,7 @@ class Trainer:
         self.returns = state["returns"] if isinstance(state.get("returns"), int) else 0
         # the losses of another objective or other data have another range
         other = any(key.startswith(("objective.", "alignment.", "data.")) for key in changed)
-        self.keeper.resume(self.nimg, None if other else state.get("health"))
+        self.keeper.resume(path, self.nimg, None if other else state.get("health"))
         if self.rank == 0:
             print(
                 f"resumed {path}: image {self.nimg:,} of {self.parts.total:,}, weights, optimizer moments and averages "

@@ -55,6 +55,18 @@ def test_the_checkpoint_that_is_named_good_was_taken_before_the_trouble(
     assert "resumed" in (said := capsys.readouterr().out) and "image 32 of 112" in said
 
 
+def test_the_good_checkpoint_may_be_where_the_run_went_on_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(command(tmp_path / "first", 48)) == 0
+    Spoiled(64, 10_000).install(monkeypatch)
+    settings = ("train.max_bad_steps=2", "save.every_images=64", f"run.resume={tmp_path / 'first'}")
+    assert main(command(tmp_path / "second", 400, *settings)) == 2
+    good = tmp_path / "first" / "checkpoints" / f"{48:012d}"
+    assert f"the last good checkpoint is {good}." in capsys.readouterr().err
+    assert saved(tmp_path / "second") == []
+
+
 def test_a_run_that_ends_badly_is_no_success(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
