@@ -53,6 +53,9 @@ class StopRequest:
             if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                 continue
             self._previous[number] = signal.signal(number, self._note)
+            around = getattr(self._previous[number], "__self__", None)
+            if isinstance(around, StopRequest) and around.requested:
+                self.ask(around.name)  # somebody's code has swallowed Stopped
         return self
 
     def __exit__(self, *exception: object) -> None:

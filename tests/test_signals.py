@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -92,3 +93,11 @@ def test_work_that_has_nothing_to_save_is_ended_by_an_exception_that_no_handler_
         except Exception:
             pytest.fail("taken for an error")
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_wish_that_a_library_swallowed_is_not_lost():
+    with StopAtOnce():
+        with suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        with StopRequest() as stop:
+            assert stop.name == "SIGTERM"

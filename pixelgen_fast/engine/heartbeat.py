@@ -6,7 +6,7 @@ waits for nobody: when a rank is lost it says so and ends this process with erro
 
 An orphan, whose launcher was killed, asks itself to stop as SIGTERM does, so that it saves, and has `limit` seconds.
 
-Cost: W ranks read W beats of 200 bytes each interval, limit / 20 seconds. A run of one process has no thread, but under
+Cost: W ranks read W beats of 200 bytes each interval, limit / 60 seconds. A run of one process has no thread, but under
 a launcher the one that watches it.
 """
 
@@ -33,7 +33,7 @@ from pixelgen_fast.engine.roll import START, Beat, Roll
 from pixelgen_fast.processes import lineage, orphaned
 from pixelgen_fast.signals import Stopped, StopRequest
 
-BEATS = 20  # in `limit` seconds
+BEATS = 60  # in `limit` seconds
 # steps that compile and measure, and may take long; afterwards a part of a step has this many times the longest so far
 FIRST_STEPS, SLOWER = 3, 20
 
@@ -120,14 +120,16 @@ class Heartbeat:
 
         Empty where everybody is there, or stopped in good order.
         """
-        for _ in range(16):
+        soon = min(self.limit, max(4 * self.interval, 1.0))
+        end = time.monotonic() + 2 * soon
+        while time.monotonic() < end:
             with self._lock:
-                found = self.roll.silent(2.5 * self.interval)
-                if not found and self._cut_off > 2.5 * self.interval and not self._orphan:
+                found = self.roll.silent(soon)
+                if not found and self._cut_off > soon and not self._orphan:
                     found = self._store_is_gone()
                 if found or self.roll.all_ended(self.rank):
                     break
-            time.sleep(self.interval / 4)
+            time.sleep(self.interval)
         return found or ("" if self.beat.ended else self.roll.failed())
 
     def _converse(self) -> None:

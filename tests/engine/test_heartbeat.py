@@ -59,8 +59,7 @@ def ranks(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Ranks]:
 
 
 @pytest.mark.parametrize("ranks", [("work", 2)], indirect=True)
-@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(("number", "victim"), [(signal.SIGSTOP, 0), (signal.SIGKILL, 1)])
 def test_a_rank_that_is_gone_is_named_with_what_it_did(ranks: Ranks, number: signal.Signals, victim: int) -> None:
     """Rank 0 keeps the store here, and is named all the same."""
     ranks.wait_for("ready0", "ready1")
