@@ -12,12 +12,15 @@ import torch.distributed as dist
 def meet(seconds: float) -> dist.Store | None:
     """The store at which the ranks of a launcher meet; None in a process that has no launcher.
 
-    Raises RuntimeError where it is not there within so many seconds.
+    torchrun keeps one store for all attempts of a job: each has its own names in it, or ranks that were started again
+    would find the addresses of those before them, and wait for ever. Raises
+    RuntimeError where it is not there within so many seconds.
     """
     if "RANK" not in os.environ:
         return None
     store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
-    return store
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"attempt {attempt} of {os.environ['WORLD_SIZE']}", store)
 
 
 def join(device: torch.device, store: dist.Store | None = None, seconds: float = 1800.0) -> tuple[int, int, int]:
