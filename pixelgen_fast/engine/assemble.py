@@ -81,11 +81,7 @@ def assemble(config: cfg.Config, heart: Heartbeat) -> Parts:
     device, precision = resolve_device(config)
     if device.type == "cpu":
         keep_freed_memory()
-    heart.at("meeting the others")
-    # a stuck rank is named before a collective gives up
-    rank, world, local_rank = zero.init_distributed(device, heart.store, 1.5 * config.run.stuck_limit)
-    if device.type == "cuda":
-        device = torch.device("cuda", local_rank)
+    device, rank, world = _join(config, device, heart)
     accumulation = cfg.check_world(config, world)
     folder = RunFolder(Path(config.run.dir))
     heart.at("reading the data set")
@@ -114,6 +110,14 @@ def assemble(config: cfg.Config, heart: Heartbeat) -> Parts:
         whole_modules=model.whole_modules(),
     )
     return Parts(config, built, folder, device, precision, rank, world, index, operators, flops, objective, engine)
+
+
+def _join(config: cfg.Config, device: torch.device, heart: Heartbeat) -> tuple[torch.device, int, int]:
+    """Join the ranks of the run: this one's (device, rank, world size)."""
+    heart.at("meeting the others")
+    # a stuck rank is named before a collective gives up
+    rank, world, local_rank = zero.init_distributed(device, heart.store, 1.5 * config.run.stuck_limit)
+    return torch.device("cuda", local_rank) if device.type == "cuda" else device, rank, world
 
 
 def _initialise(model: System, weights: str | None, rank: int) -> None:

@@ -58,37 +58,46 @@ class Generator:
         changes: what of `Sampling` differs from the configuration's.
         Raises ValueError for a label that is not a class.
         """
-        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
-            raise ValueError(
-                f"labels run from {int(labels.min())} to {int(labels.max())}; classes are 0 to {len(self.classes) - 1}"
-            )
-        s, o, size = self.config.sample, self.config.objective, self.config.data.image_size
-        settings = {f.name: getattr(s, f.name) for f in fields(Sampling)} | changes
+        self._check_labels(labels)
+        settings = {f.name: getattr(self.config.sample, f.name) for f in fields(Sampling)} | changes
+        # batch by batch, so that no more than one batch is ever held as floats
+        shared = torch.arange(len(labels)).split(settings["batch"])[share[0] :: share[1]]
+        with tqdm(total=sum(map(len, shared)), desc="draw", unit="img", disable=not progress) as bar:
+            for numbers in shared:
+                images = self._sample(first + numbers, labels[numbers], before_pass, settings)
+                errors.begin()
+                bar.update(len(numbers))
+                yield numbers, to_uint8(images).cpu()
+
+    def _sample(
+        self, numbers: Tensor, labels: Tensor, before_pass: Callable[[], object], settings: dict[str, Any]
+    ) -> Tensor:
+        """Samples of these numbers [n] and labels [n], float32 [n, 3, S, S] on the model's device."""
+        o, size = self.config.objective, self.config.data.image_size
         like = next(self.model.parameters())
 
         def network(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
             before_pass()
             return self.model(z.to(like.dtype), t, y)
 
-        # batch by batch, so that no more than one batch is ever held as floats
-        shared = torch.arange(len(labels)).split(settings["batch"])[share[0] :: share[1]]
-        with tqdm(total=sum(map(len, shared)), desc="draw", unit="img", disable=not progress) as bar:
-            for numbers in shared:
-                images = sample(
-                    network,
-                    first + numbers,
-                    labels[numbers],
-                    shape=(3, size, size),
-                    predict=o.predict,
-                    noise_scale=o.noise_scale,
-                    t_eps=o.t_eps,
-                    null_class=len(self.classes),
-                    device=like.device,
-                    **settings,
-                )
-                errors.begin()
-                bar.update(len(numbers))
-                yield numbers, to_uint8(images).cpu()
+        return sample(
+            network,
+            numbers,
+            labels,
+            shape=(3, size, size),
+            predict=o.predict,
+            noise_scale=o.noise_scale,
+            t_eps=o.t_eps,
+            null_class=len(self.classes),
+            device=like.device,
+            **settings,
+        )
+
+    def _check_labels(self, labels: Tensor) -> None:
+        if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
+            raise ValueError(
+                f"labels run from {int(labels.min())} to {int(labels.max())}; classes are 0 to {len(self.classes) - 1}"
+            )
 
 
 def load(path: str | Path, weights: str | None = None, device: torch.device | str = "cpu") -> Generator:
