@@ -1,10 +1,12 @@
 """Which process of a run this one is."""
 
+import os
+
 import pytest
 
 from pixelgen_fast.cli import main
 from pixelgen_fast.errors import InputError
-from pixelgen_fast.processes import join, world_size
+from pixelgen_fast.processes import join, lineage, orphaned, world_size
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "host", "MASTER_PORT": "29500"}
 SRUN = {"SLURM_JOB_ID": "40007", "SLURM_PROCID": "1", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "2"}
@@ -54,3 +56,11 @@ def test_what_works_in_one_process_says_so(monkeypatch: pytest.MonkeyPatch, caps
         monkeypatch.setenv(name, value)
     assert main(["export", "run", "out"]) == 2
     assert "4 processes were started" in capsys.readouterr().err
+
+
+def test_a_rank_lives_on_its_launcher_and_a_run_of_one_process_on_nobody() -> None:
+    assert lineage({}) == [] and not orphaned([])
+    assert lineage({"TORCHELASTIC_RUN_ID": "7"}) == [os.getpid(), os.getppid()]
+    family = lineage({"CROSS_RANK": "0"})  # deepspeed, its process on this machine, this process
+    assert family[:2] == [os.getpid(), os.getppid()] and len(family) == 3
+    assert not orphaned(family) and orphaned([os.getpid(), os.getpid()])
