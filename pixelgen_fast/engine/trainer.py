@@ -20,6 +20,7 @@ from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.dino.kept import keep_dino
 from pixelgen_fast.engine.assemble import assemble
 from pixelgen_fast.engine.collectives import any_rank
+from pixelgen_fast.engine.feed import Feed
 from pixelgen_fast.engine.graph import capture
 from pixelgen_fast.engine.heartbeat import Heartbeat
 from pixelgen_fast.engine.keeper import Keeper
@@ -81,7 +82,7 @@ class Trainer:
         self.report = Report(self.parts, self.nimg, self.returns)
         self.order = self.parts.order(self.nimg)
         self.loader = Loader(self.parts.index, self.order, self.config.data, self.parts.device)
-        self.micro_batches = 0
+        self.feed = Feed(self.loader, self.order)
 
     def _claim(self) -> None:
         """Become the one run that writes the folder, and go on from what is there. A refused run makes none."""
@@ -110,11 +111,13 @@ class Trainer:
             interval = Interval(self.nimg, self.loader)
             while self.nimg < total:
                 self.train_step()
-                stop, failed, again = self._wishes()
+                stop, failed, again, unread = self._wishes()
                 if failed and self.returns < c.train.returns:
                     return None
                 if failed:
                     raise self._failed()
+                if unread and not stop:
+                    raise self._unread() from self.feed.error
                 if crossed(self.nimg, batch, c.log.every_images) or self.nimg >= total:
                     self.heart.at("writing metrics")
                     self.seconds += self.report.row(self.nimg, interval, self.loader)
@@ -143,18 +146,22 @@ class Trainer:
         self.heart.at("waiting for images")
         rate = learning_rate(self.config.optimizer, self.nimg, self.parts.total)
         self.engine.set_lr(rate * train.return_lr**self.returns)
-        numbers = range(self.micro_batches, self.micro_batches + self.order.accumulation)
-        batches = [next(self.loader) for _ in numbers]
-        first, at = [self.order.first(q) for q in numbers], partial(self.heart.at, patient=False)
+        batches, first = self.feed.take()
+        at = partial(self.heart.at, patient=False)
         losses = training_step(self.engine, self.parts.objective, batches, first, at)
-        self.micro_batches, self.nimg = numbers.stop, self.nimg + batch
+        self.nimg += batch
         self.report.add(batch, losses)
         self.keeper.step(losses, self.nimg - batch, self.nimg)
+        if self.nimg < self.parts.total:
+            self.heart.at("waiting for images")
+            self.feed.fetch()
 
     def _wishes(self) -> list[bool]:
-        """Of any rank: to stop here, to give up after too many bad steps in a row, to try a checkpoint again."""
+        """Of any rank: to stop here, to give up after too many bad steps in a row, to try a checkpoint again, to end
+        because it has no batches for the next step."""
         self.heart.at("agreeing to go on", patient=False)
-        wishes = [self.signals.requested, self.keeper.failing, self.keeper.retrying]
+        keeper, unread = self.keeper, self.feed.error is not None
+        wishes = [self.signals.requested, keeper.failing, keeper.retrying, unread]
         return any_rank(wishes, self.engine.host_group)
 
     def _failed(self) -> TrainingError:
@@ -166,6 +173,16 @@ class Trainer:
             f"{self.keeper.health.bad_in_a_row} steps in a row had a loss or gradient that is not finite{far}, the "
             f"last at image {self.nimg:,}; the last good checkpoint is {good or 'none'}. Resume from it with a "
             "smaller optimizer.lr, a smaller optimizer.clip or train.precision=fp32"
+        )
+
+    def _unread(self) -> Exception:
+        """Save, and say what ends a run of which a rank has no batches for the next step."""
+        self._save(last=True)
+        self.report.close()
+        if self.feed.error is not None and not isinstance(self.feed.error, errors.UserError):
+            return self.feed.error
+        return TrainingError(
+            f"{self.feed.reason()}; the run is saved at image {self.nimg:,}, and the same command goes on from there"
         )
 
     def _go_back(self) -> None:
