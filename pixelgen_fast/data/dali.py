@@ -180,7 +180,7 @@ class Loader:
             numbers = self.order.numbers(batch)
             items = patiently(lambda numbers=numbers: list(self._source.items(numbers)), self.settings.wait_seconds)
             failed = {item.index: reason for item in items if (reason := trial.failure(item))}
-            self._source.bad |= failed.keys()
+            self._source.bad.update(failed)
             for i, reason in failed.items():
                 self._note_unreadable(i, reason)
             if failed:

@@ -247,7 +247,7 @@ def _serve(pipe: Connection, brief: SharedMemory, memory: list[SharedMemory]) ->
         while True:
             message = pipe.recv()
             if isinstance(message, frozenset):
-                source.bad |= message
+                source.bad.update(message)
                 continue
             ticket, slot, numbers = message
             pipe.send((ticket, _reply(source, memory, slot, numbers)))

@@ -42,7 +42,7 @@ class Source:
     seed: of the run's order. crop: "adm" or "none". halvings: how many box halvings the pipeline performs; an image
     that needs more arrives halved by PIL already.
 
-    bad: indexes known to be unreadable, never read; the loader adds to it. found: index -> reason of the images that
+    bad: indexes known to be unreadable, never read; the loader adds to this set. found: index -> reason of images that
     turned out to be unreadable and are not in `bad`; whoever reads it clears it.
     """
 
