@@ -1,4 +1,4 @@
-"""Uncompressed tar files with members CLASS/NAME.ext, read in place.
+"""Uncompressed tar files with members CLASS/NAME.ext, or WebDataset's pairs (webdataset.py), read in place.
 
 Members' offsets are found once and kept in the cache directory under the shards' paths, sizes and times; reading is one
 positioned read, so processes and threads share nothing that moves. Which members are images, and their order, is as in
@@ -11,6 +11,7 @@ import hashlib
 import json
 import tarfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -19,16 +20,17 @@ from pixelgen_fast.data.cache import cache_root, published_file
 from pixelgen_fast.data.files import Selection, order_key, warn_classes
 from pixelgen_fast.data.image_index import ImageIndex, Names
 from pixelgen_fast.data.storage import OpenFiles
+from pixelgen_fast.data.webdataset import class_names, label_file, read_class
 from pixelgen_fast.errors import InputError
 
 # Which images a table lists, and how: tables of another version are made anew.
-_VERSION = 2
+_VERSION = 3
 
 
 class TarIndex(ImageIndex):
     """Tar files as one data set. root: the file or folder that was named. shards: the tar files, sorted.
 
-    Raises InputError for a file that is no uncompressed tar, and for members that are links or in no class folder.
+    Raises InputError for a file that is no uncompressed tar, and for members that are links or of no class.
     """
 
     def __init__(self, root: Path, shards: list[Path]) -> None:
@@ -62,36 +64,69 @@ class TarIndex(ImageIndex):
         return data
 
 
+class _Member(NamedTuple):
+    """An image of the shards, and where its bytes lie."""
+
+    kind: str
+    name: str
+    shard: int
+    offset: int
+    length: int
+
+
 def _write_table(root: Path, shards: list[Path], table: Path) -> None:
     """Read every header of the shards and write where each image lies."""
-    found: list[tuple[str, int, int, int]] = []
+    found: list[_Member] = []
     selection = Selection()
+    labelled = 0
     for number, shard in enumerate(tqdm(shards, desc=f"index {root.name}", unit="tar", disable=None)):
-        members = _members(shard)
-        kept = selection.images(members)
-        if link := next((name for name in kept if not members[name].isfile()), None):
-            raise InputError(f"{shard}: member {link} is a link: make the tar with --dereference --hard-dereference")
-        if flat := next((name for name in kept if "/" not in name), None):
-            raise InputError(f"{shard}: member {flat} has no class folder: members must be CLASS/NAME.ext")
-        found += [(name, number, members[name].offset_data, members[name].size) for name in kept]
+        images, by_file = _images(shard, number, selection)
+        found += images
+        labelled += by_file
     if not found:
         raise InputError(f"{root} holds no images: {selection.text() or 'its tar files are empty'}")
+    if labelled not in (0, len(found)):
+        raise InputError(
+            f"{root}: {labelled:,} of {len(found):,} images have a .cls or .json beside them: give it to all"
+        )
     selection.warn(root)
-    found.sort(key=lambda row: (order_key(row[0]), *row[1:]))
-    names = Names(name for name, *_ in found)
-    of_image = [name.partition("/")[0] for name, *_ in found]
-    classes = sorted(set(of_image))
+    of_image = [member.kind for member in found]
+    classes = class_names(of_image) if labelled else sorted(set(of_image))
     number_of = {name: k for k, name in enumerate(classes)}
-    columns = np.array([row[1:] for row in found], dtype=np.int64)
+    found.sort(key=lambda member: (number_of[member.kind], order_key(member.name), *member[2:]))
+    names = Names(member.name for member in found)
+    columns = np.array([member[2:] for member in found], dtype=np.int64)
     with published_file(table) as work:
         np.savez(
             work,
             **dict(zip(("shard", "offset", "length"), columns.T, strict=True)),
             names=names.block,
             ends=names.ends,
-            labels=np.array([number_of[name] for name in of_image]),
+            labels=np.array([number_of[member.kind] for member in found]),
             classes=np.frombuffer(json.dumps(classes).encode(), dtype=np.uint8),
         )
+
+
+def _images(shard: Path, number: int, selection: Selection) -> tuple[list[_Member], int]:
+    """The images of a shard, and how many of them have their class from a file beside them."""
+    members = _members(shard)
+    label_of = {name: file for name in members if (file := label_file(members, name)) not in (None, name)}
+    label_files = set(label_of.values())
+    kept = selection.images(name for name in members if name not in label_files)
+    if link := next((name for name in kept if not members[name].isfile()), None):
+        raise InputError(f"{shard}: member {link} is a link: make the tar with --dereference --hard-dereference")
+    if flat := next((name for name in kept if "/" not in name and name not in label_of), None):
+        raise InputError(
+            f"{shard}: member {flat} has no class folder, and no .cls or .json beside it: members must be "
+            "CLASS/NAME.ext, or pairs NAME.ext and NAME.cls"
+        )
+    images = []
+    with open(shard, "rb", buffering=0) as file:
+        for name in kept:
+            label = label_of.get(name)
+            kind = read_class(file.fileno(), shard, members[label]) if label else name.partition("/")[0]
+            images.append(_Member(kind, name, number, members[name].offset_data, members[name].size))
+    return images, sum(name in label_of for name in kept)
 
 
 def _members(shard: Path) -> dict[str, tarfile.TarInfo]:
