@@ -34,7 +34,7 @@ from pixelgen_fast.data.order import Order, positions
 class InMemory:
     """Stands for `data.dali.Loader` where every image of the index has the training size and fits in memory."""
 
-    def __init__(self, index: ImageIndex, order: Order, settings: Any, device: torch.device, decoder: None = None):
+    def __init__(self, index: ImageIndex, order: Order, settings: Any, device: torch.device, **other: Any):
         images = np.stack([np.asarray(to_rgb(load(index.read(i)))) for i in range(len(index))])
         self.images, self.labels = torch.from_numpy(images).to(device), torch.from_numpy(index.labels).to(device)
         self.order, self.flip, self.size, self.batch = order, settings.flip, len(index), 0

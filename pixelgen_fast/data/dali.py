@@ -60,7 +60,8 @@ class Loader:
     reader processes (0: read in this process, best for small images); threads of DALI; prefetch, micro-batches kept
     ready; hw_decoder_load, the share of a batch for the hardware JPEG engines; wait_seconds, how long data that are
     away are waited for; max_unreadable, the share of unreadable images that is borne. decoder: "cpu" or "mixed"
-    (NVIDIA's JPEG decoder; GPU only); None takes "mixed" on a GPU.
+    (NVIDIA's JPEG decoder; GPU only); None takes "mixed" on a GPU. asked: whether the run is asked to stop, which ends
+    waiting for data.
 
     wait_seconds: time the consumer spent waiting so far. replaced: path -> reason of every unreadable image met.
     Raises ValueError for sizes that do not divide, an unknown crop or decoder, or (while iterating, naming the file) an
@@ -75,6 +76,7 @@ class Loader:
         settings: Data,
         device: str | torch.device = "cpu",
         decoder: str | None = None,
+        asked: Callable[[], bool] = lambda: False,
     ) -> None:
         self.device = torch.device(device)
         decoder = decoder or ("mixed" if self.device.type == "cuda" else "cpu")
@@ -93,9 +95,9 @@ class Loader:
         self._pipeline: Pipeline | None = None
         patience, workers = settings.wait_seconds, settings.workers
         self._readers = (
-            Readers(self._source, order, patience, workers, ahead=settings.prefetch + 1)
+            Readers(self._source, order, patience, asked, count=workers, ahead=settings.prefetch + 1)
             if workers
-            else InProcess(self._source, order, patience)
+            else InProcess(self._source, order, patience, asked)
         )
         self._build()
 

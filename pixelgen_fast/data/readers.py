@@ -20,7 +20,7 @@ import time
 import traceback
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -39,10 +39,12 @@ _log = logging.getLogger(__name__)
 
 
 class InProcess:
-    """The items of micro-batches, read in this process when they are asked for. patience: seconds, see `patiently`."""
+    """The items of micro-batches, read in this process when they are asked for. patience, asked: see `patiently`."""
 
-    def __init__(self, source: Source, order: Order, patience: float) -> None:
-        self.source, self.order, self.patience, self._batch = source, order, patience, 0
+    def __init__(
+        self, source: Source, order: Order, patience: float, asked: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.source, self.order, self.patience, self.asked, self._batch = source, order, patience, asked, 0
 
     def begin(self, batch: int) -> None:
         """`next` gives micro-batch `batch`, and then those after it."""
@@ -51,7 +53,7 @@ class InProcess:
     def next(self) -> tuple[list[Item], dict[int, str]]:
         """The items of the next micro-batch, and index -> reason of images newly found to be unreadable."""
         numbers = self.order.numbers(self._batch)
-        items = patiently(lambda: list(self.source.items(numbers)), self.patience)
+        items = patiently(lambda: list(self.source.items(numbers)), self.patience, self.asked)
         found, self.source.found = self.source.found, {}
         self._batch += 1
         return items, found
@@ -66,8 +68,17 @@ class Readers:
     reader ends again and again.
     """
 
-    def __init__(self, source: Source, order: Order, patience: float, count: int, ahead: int) -> None:
-        self.source, self.order, self.patience, self.ahead = source, order, patience, ahead
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        patience: float,
+        asked: Callable[[], bool] = lambda: False,
+        *,
+        count: int,
+        ahead: int,
+    ) -> None:
+        self.source, self.order, self.patience, self.asked, self.ahead = source, order, patience, asked, ahead
         self._batch = self._asked = 0
         self._readers: list[_Reader] = []
         # Called before the handler of multiprocessing, which waits for processes that nothing tells to end.
@@ -91,7 +102,7 @@ class Readers:
         items: list[Item | None] = [None] * self.order.micro_batch
         for r, reader in enumerate(self._readers):
             if places := self._places(self._batch, r):
-                part, news = patiently(reader.take, self.patience)
+                part, news = patiently(reader.take, self.patience, self.asked)
                 items[places.start :: places.step] = part
                 found |= news
         self._batch += 1

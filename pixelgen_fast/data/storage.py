@@ -61,8 +61,9 @@ def read_bytes(index: ImageIndex, i: int) -> bytes:
         raise UnreadableImage(str(error)) from error
 
 
-def patiently(read: Callable[[], T], seconds: float) -> T:
-    """read(), tried again for up to `seconds` while the data root is away. Raises DataAway after that."""
+def patiently(read: Callable[[], T], seconds: float, asked: Callable[[], bool] = lambda: False) -> T:
+    """read(), tried again for up to `seconds` while the data root is away. Raises DataAway after that, and at once when
+    the run is asked to stop."""
     began, said = None, False
     while True:
         try:
@@ -70,7 +71,7 @@ def patiently(read: Callable[[], T], seconds: float) -> T:
         except DataAway as error:
             began = began or time.monotonic()
             waited = time.monotonic() - began
-            if waited > seconds:
+            if waited > seconds or asked():
                 raise DataAway(f"{error}; waited {waited:.0f} s for it (data.wait_seconds)") from error
             if waited > _POLL and not said:
                 _log.warning("%s; waiting up to %g s for it (data.wait_seconds)", error, seconds)

@@ -60,6 +60,7 @@ class Trainer:
         self.engine, self.folder, self.rank = self.parts.engine, self.parts.folder, self.parts.rank
         self.nimg, self.seconds, self.returns, self.due = 0, 0.0, 0, False
         self.keeper = Keeper(config, self.engine, self.folder.checkpoints, self.parts.device, self._say)
+        self.signals = StopRequest()
         self.owner = Owner(self.folder.root)
         with ExitStack() as on_failure:
             on_failure.callback(self.owner.close)
@@ -72,7 +73,6 @@ class Trainer:
             self.heart.at("starting the report and the loader")
             self._begin()
             on_failure.pop_all()
-        self.signals = StopRequest()
 
     def _say(self, text: str) -> None:
         self.report.say(text)
@@ -81,7 +81,7 @@ class Trainer:
         """What counts from the present image on."""
         self.report = Report(self.parts, self.nimg, self.returns)
         self.order = self.parts.order(self.nimg)
-        self.loader = Loader(self.parts.index, self.order, self.config.data, self.parts.device)
+        self.loader = Loader(self.parts.index, self.order, self.config.data, self.parts.device, asked=self._asked)
         self.feed = Feed(self.loader, self.order)
 
     def _claim(self) -> None:

@@ -161,7 +161,7 @@ def test_data_that_come_back_are_waited_for_and_those_that_do_not_are_an_error(s
     root, aside = source.index.root, tmp_path.with_name("aside")
 
     def pool(patience):
-        return Readers(source, ORDER, patience, 1, 1) if count else InProcess(source, ORDER, patience)
+        return Readers(source, ORDER, patience, count=1, ahead=1) if count else InProcess(source, ORDER, patience)
 
     before, after = InProcess(source, ORDER, 0), pool(0.3)
     before.begin(0)

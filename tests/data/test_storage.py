@@ -117,7 +117,7 @@ def tars(small_tree, tmp_path, monkeypatch):
 def test_more_tar_files_than_file_handles_lose_no_image(tars, few_handles, count):
     index, order = open_index(tars), Order(seed=0, global_batch=66, micro_batch=66)
     source = Source(index, 0, size=12, crop="none", halvings=0)
-    pool = Readers(source, order, 0, count, 1) if count else InProcess(source, order, 0)
+    pool = Readers(source, order, 0, count=count, ahead=1) if count else InProcess(source, order, 0)
     try:
         pool.begin(0)
         items, found = pool.next()
@@ -173,6 +173,9 @@ def test_waiting_says_so_and_ends(caplog):
     tries.clear()
     with pytest.raises(DataAway, match=r"waited 0 s for it \(data.wait_seconds\)"):
         patiently(read, 0)
+    tries.clear()
+    with pytest.raises(DataAway, match="waited 0 s"):
+        patiently(read, 60, asked=lambda: True)
 
 
 def test_a_packed_file_that_is_cut_short_is_named_with_both_sizes(small_tree, tmp_path):

@@ -1,5 +1,8 @@
 """A run that cannot read its images saves what it has trained, ends with the reason, and goes on where it stopped."""
 
+import os
+import signal
+
 import pytest
 import torch
 from support.runs import newest, train
@@ -39,6 +42,23 @@ def test_a_run_whose_data_are_gone_is_saved_and_goes_on_later(tmp_path, monkeypa
     assert main(train(broken, 128, WARM)) == 0
     expected, found = (read_weights(newest(folder), "raw") for folder in (whole, broken))
     assert all(torch.equal(expected[name], found[name]) for name in expected)
+
+
+def test_a_signal_while_data_are_away_stops_the_run_as_ever(tmp_path, monkeypatch, capsys) -> None:
+    def away(self: Loader):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise DataAway("data root /x is away: gone")
+
+    read, left = Loader.__next__, [10]
+
+    def next_batch(self: Loader):
+        left[0] -= 1
+        return read(self) if left[0] >= 0 else away(self)
+
+    monkeypatch.setattr(Loader, "__next__", next_batch)
+    assert main(train(tmp_path / "run", 128, WARM)) == 75
+    assert "stopped by a signal at image 80" in capsys.readouterr().out
+    assert read_state(newest(tmp_path / "run"))["nimg"] == 80
 
 
 def test_a_fault_of_the_loader_is_saved_from_too_and_keeps_its_traceback(tmp_path, monkeypatch, capsys) -> None:
