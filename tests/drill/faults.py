@@ -144,17 +144,16 @@ def weights(run: Run) -> dict[str, np.ndarray]:
     return found
 
 
-def differing(run: Run, undisturbed: dict[str, np.ndarray], tolerated: float) -> list[str]:
+def apart(a: dict[str, np.ndarray], b: dict[str, np.ndarray], tolerated: float) -> list[str]:
     """Names of tensors that are not the same, or apart by more than is tolerated of their norm."""
-    found = weights(run)
 
     def same(name: str) -> bool:
-        a, b = found.get(name), undisturbed.get(name)
-        if a is None or b is None or a.shape != b.shape:
+        x, y = a.get(name), b.get(name)
+        if x is None or y is None or x.shape != y.shape:
             return False
-        return np.array_equal(a, b) or float(np.linalg.norm(a - b)) <= tolerated * float(np.linalg.norm(b))
+        return np.array_equal(x, y) or float(np.linalg.norm(x - y)) <= tolerated * float(np.linalg.norm(y))
 
-    return sorted(name for name in found.keys() | undisturbed.keys() if not same(name))
+    return sorted(name for name in a.keys() | b.keys() if not same(name))
 
 
 # --- the faults ---
@@ -196,24 +195,24 @@ def damaged_checkpoint(run: Run, rng: random.Random) -> None:
     run.end(process)
     if len(run.checkpoints()) < 2:
         return
-    file = rng.choice(sorted(p for p in run.checkpoints()[-1].iterdir()))
-    data = bytearray(file.read_bytes())
-    how = rng.choice(["bit", "cut", "remove", "zeros", "folder"])
+    harm(rng.choice(sorted(run.checkpoints()[-1].iterdir())), rng)
+
+
+def harm(file: Path, rng: random.Random) -> None:
+    """Flip a bit of a file, cut it, overwrite a part of it, remove it, or put a folder in its place."""
+    data, how = bytearray(file.read_bytes()), rng.choice(["bit", "cut", "remove", "overwrite", "folder"])
+    at = rng.randrange(len(data))
     if how == "bit":
-        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
-        file.write_bytes(data)
+        data[at] ^= 1 << rng.randrange(8)
     elif how == "cut":
-        file.write_bytes(data[: rng.randrange(len(data))])
-    elif how == "zeros":
-        at = rng.randrange(len(data))
-        part = len(data[at : at + 64])
-        if data[at : at + part] == bytes(part):
-            part = 0
-        file.write_bytes(data[:at] + bytes(part) + data[at + part :])
-    else:
-        file.unlink()
-        if how == "folder":
-            file.mkdir()
+        del data[at:]
+    elif how == "overwrite":
+        data[at : at + 64] = bytes(x ^ 0xFF for x in data[at : at + 64])
+    file.unlink()
+    if how == "folder":
+        file.mkdir()
+    elif how != "remove":
+        file.write_bytes(data)
 
 
 def half_a_row(run: Run, rng: random.Random) -> None:
@@ -345,7 +344,7 @@ def outcome(name: str, seed: int, place: Path, undisturbed: dict[str, np.ndarray
         FAULTS[name][0](run, random.Random(seed))
         run.finish()
         # two ranks add in another order
-        names = differing(run, undisturbed, 1e-5 if FAULTS[name][0] is rank_killed else 0.0)
+        names = apart(weights(run), undisturbed, 1e-5 if FAULTS[name][0] is rank_killed else 0.0)
     except Lost as lost:
         return f"lost: {lost}"
     if names:

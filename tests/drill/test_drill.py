@@ -1,16 +1,15 @@
 """The drill's own parts: it dies where it says, harms what it says, and tells likes from unlikes."""
 
-from collections import Counter
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import pytest
-import torch
 from support.engines import Memory, same
 
 from pixelgen_fast.runs import checkpoint
 from tests.drill import __main__ as drill
-from tests.drill import faults, run, victim
+from tests.drill import faults, stages
 
 PATCHED = ("write_shards", "seal", "write_manifest", "_prepare", "_prune", "os")
 
@@ -23,7 +22,7 @@ def save(folder: Path, seed: int) -> Path:
     return checkpoint.save(folder, Memory(seed), nimg=seed, state={}, keep=1)
 
 
-@pytest.mark.parametrize("stage", victim.STAGES)
+@pytest.mark.parametrize("stage", stages.STAGES)
 def test_a_death_in_any_stage_leaves_a_whole_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stage: str
 ) -> None:
@@ -33,8 +32,8 @@ def test_a_death_in_any_stage_leaves_a_whole_checkpoint(
     with monkeypatch.context() as planted:
         for name in PATCHED:
             planted.setattr(checkpoint, name, getattr(checkpoint, name))
-        planted.setattr(victim, "die", die)
-        victim.plant(stage, 2)
+        planted.setattr(stages, "die", die)
+        stages.plant(stage, 2)
         save(tmp_path, 1)
         with pytest.raises(Death):
             save(tmp_path, 2)
@@ -48,22 +47,32 @@ def test_a_death_in_any_stage_leaves_a_whole_checkpoint(
 
 @pytest.mark.parametrize("seed", range(20))
 def test_harm_to_the_newest_checkpoint_is_found(tmp_path: Path, seed: int) -> None:
-    folder = tmp_path / "checkpoints"
     for nimg in (1, 2):
-        checkpoint.save(folder, Memory(nimg), nimg=nimg, state={}, keep=2)
-    assert faults.damaged(Random(seed), run.TinyRun(tmp_path)) == ""
-    assert checkpoint.latest_valid(folder).name == f"{1:012d}"
+        newest = checkpoint.save(tmp_path, Memory(nimg), nimg=nimg, state={}, keep=2)
+    rng = Random(seed)
+    faults.harm(rng.choice(sorted(newest.iterdir())), rng)
+    assert checkpoint.latest_valid(tmp_path).name == f"{1:012d}"
 
 
 def test_likes_and_unlikes_are_told_apart() -> None:
-    a, b = {"w": torch.ones(3)}, {"w": torch.ones(3) + 1e-6}
-    assert run.same(a, {"w": torch.ones(3)}, 0.0) and not run.same(b, a, 0.0) and run.same(b, a, 1e-5)
-    assert not run.same({}, a, 1e-5) and not run.same({"w": torch.ones(3) * 2}, a, 1e-5)
+    ones = np.ones(3, np.float32)
+    a, b = {"w": ones}, {"w": ones + 1e-6}
+    assert not faults.apart(a, {"w": ones.copy()}, 0.0) and not faults.apart(b, a, 1e-5)
+    assert faults.apart(b, a, 0.0) == faults.apart({}, a, 1e-5) == faults.apart({"w": 2 * ones}, a, 1e-5) == ["w"]
 
 
-def test_the_table_has_a_row_of_each_kind(capsys: pytest.CaptureFixture[str]) -> None:
-    kinds = [*faults.FAULTS]
-    drill.show(Counter({(kinds[0], "injected"): 2, (kinds[0], "survived"): 1, (kinds[0], "lost"): 1}), kinds)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 + len(kinds)
-    assert lines[2] == "| killed in a stage | 2 | 1 | 1 | 0 |" and lines[-1] == "| all | 2 | 1 | 1 | 0 |"
+def test_a_fault_that_is_not_survived_is_counted_and_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Plain:
+        def __init__(self, place: Path) -> None: ...
+        def start(self) -> None: ...
+        def end(self, process: None, *codes: int) -> None: ...
+
+    monkeypatch.setattr(faults, "Run", Plain)
+    monkeypatch.setattr(faults, "weights", lambda run: {})
+    monkeypatch.setattr(faults, "outcome", lambda name, seed, *_: "lost: a reason" if seed % 4 == 0 else "survived")
+    assert drill.inject(8, 3, 1, "half a row") == 2
+    out = capsys.readouterr().out
+    assert "| half a row of metrics | 8 | 6 | 2 | 0 |" in out and "| all | 8 | 6 | 2 | 0 |" in out
+    assert out.count(": lost: a reason") >= 2
