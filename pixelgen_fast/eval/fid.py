@@ -133,11 +133,8 @@ def evaluate_fid(
     network = _build(extractor, layers, weights, device)
     if statistics is not None:
         width = _extract(network, Subset(datasets[0], [0]), device, 1, False)[layers[0]].shape[1]
-        if len(statistics["mu"]) != width:
-            sizes = f"{len(statistics['mu'])} features, {extractor} layer {layers[0]} has {width}"
-            raise InputError(f"{reference} holds {sizes}; use the statistics of this extractor")
+        _check_width(reference, len(statistics["mu"]), width, f"{extractor} layer {layers[0]}")
     features = [_extract(network, dataset, device, batch, progress) for dataset in datasets]
-
     generated, logits = (features[0][layer] for layer in layers)
     real = features[1][layers[0]] if statistics is None else None
     return FidReport(
@@ -257,6 +254,11 @@ def _as_dataset(source: Images, size: int | None = None) -> _TensorImages | _Ind
         found = f"{len(dataset)} {'images' if isinstance(source, Tensor) else 'in ' + str(source)}"
         raise InputError(f"at least {_LEAST} images are needed (the Inception Score has ten splits), found {found}")
     return dataset
+
+
+def _check_width(file: Images, held: int, given: int, layer: str) -> None:
+    if held != given:
+        raise InputError(f"{file} holds {held} features, {layer} has {given}; use the statistics of this extractor")
 
 
 def _is_statistics(source: Images) -> bool:
