@@ -197,17 +197,17 @@ def _drop_rows_after(path: Path, nimg: int) -> None:
     """A resumed run repeats what came after its checkpoint; rows of the first time would show twice."""
     if not path.exists():
         return
-    rows = [line for line in path.read_text().splitlines() if _row_nimg(line) <= nimg]
+    rows = [line for line in path.read_bytes().split(b"\n") if _row_nimg(line) <= nimg]
     scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(f"{row}\n" for row in rows))
+    scratch.write_bytes(b"".join(row + b"\n" for row in rows))
     scratch.replace(path)
 
 
-def _row_nimg(line: str) -> float:
+def _row_nimg(line: bytes) -> float:
     try:
-        return json.loads(line)["nimg"]
-    except (json.JSONDecodeError, KeyError):
-        return float("inf")  # the last line of a killed run may be half written
+        return float(json.loads(line)["nimg"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # the last line of a killed run may be half written, or another file's bytes
 
 
 def _summary_writer(folder: RunFolder, nimg: int) -> Any:

@@ -196,7 +196,7 @@ def test_a_packed_file_that_is_cut_short_is_named_with_both_sizes(small_tree, tm
     "name, content, message",
     [
         ("images.npy", b"\x93NUMPY\x01\x00", "does not begin as an .npy file does"),
-        ("labels.npy", b"\x93NUMPY", "is damaged"),
+        ("labels.npy", b"\x93NUMPY", "does not begin as an .npy file does"),
         ("labels.npy", np.zeros(11), "must hold integers"),
         ("classes.json", b'["a", ', "is damaged"),
         ("classes.json", b'{"a": 1}', "must be a list of class names"),

@@ -79,3 +79,18 @@ def test_a_resumed_run_writes_tensorboard_where_it_did(tmp_path: Path) -> None:
     loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = loader.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [16, 32, 48]
+
+
+WHOLE = b'{"nimg": 16, "loss": 1.0}\n{"nimg": 32, "loss": 1.0}\n'
+
+
+@pytest.mark.parametrize(
+    "behind",
+    [b"", b'{"nimg": 48, "loss": 1.0}\n', b'{"nimg": 8, "lo', b'{"nimg": 8, "lo\0\0', b"\xff\xfe\n", b"[]\n", b"7\n",
+     b'{"nimg": null}\n', b'{"nimg": [1]}\n', b'{"loss": 1.0}\n', b"\n\n"],
+)  # fmt: skip
+def test_rows_behind_the_checkpoint_and_broken_ones_are_dropped(tmp_path: Path, behind: bytes) -> None:
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_bytes(WHOLE + behind)
+    Metrics(folder, 0, 32, 64, cfg.Config()).close()
+    assert folder.metrics.read_bytes() == WHOLE
