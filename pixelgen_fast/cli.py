@@ -13,6 +13,7 @@ import traceback
 from typing import get_args
 
 from pixelgen_fast import commands, errors, launcher, processes
+from pixelgen_fast.output import losable_output
 from pixelgen_fast.settings import Solver
 from pixelgen_fast.signals import REQUEUE, StopAtOnce, Stopped
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # a progress bar in a log file is a line each time it moves
     errors.begin(False)
-    with StopAtOnce():
+    with losable_output(), StopAtOnce():
         try:
             code = _run(args)
         except Stopped as stopped:
