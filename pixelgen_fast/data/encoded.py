@@ -9,11 +9,15 @@ needs no failed decode to find out. A file is truncated when its format's end is
 `to_rgb` fixes what every image becomes: 8-bit RGB; alpha and transparency are dropped, not blended; 16-bit
 channels keep their high byte (PIL's own conversion would clip grey to white); CMYK and palettes as PIL converts them;
 colour profiles ignored.
+
+An image of more than 512 million pixels, 1.5 GB once decoded, is refused before that; PIXELGEN_MAX_PIXELS in the
+environment sets another limit.
 """
 
 from __future__ import annotations
 
 import io
+import os
 import re
 from typing import NamedTuple
 
@@ -27,7 +31,9 @@ _DIRECT_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
 _PNG_DEPTH = 24  # where IHDR, always the first chunk, has the bits per channel
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
 _MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]", re.DOTALL)  # one that stands in no scan's data
-_WHAT_PIL_RAISES = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_WHAT_PIL_RAISES = (OSError, SyntaxError, ValueError, EOFError)
+_MOST_PIXELS, _LIMIT = 512_000_000, "PIXELGEN_MAX_PIXELS"
+Image.MAX_IMAGE_PIXELS = None  # PIL's own limit, 179 million, is passed by sound scans and maps
 
 
 class UnreadableImage(InputError):
@@ -91,11 +97,24 @@ def ppm(height: int, width: int, pixels: bytes) -> bytes:
 
 def _open(data: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data))
     except Image.UnidentifiedImageError as error:
         raise UnreadableImage(f"not an image: begins with {data[:12]!r}") from error
     except _WHAT_PIL_RAISES as error:
         raise UnreadableImage(str(error)) from error
+    if image.width * image.height > (most := most_pixels()):
+        raise UnreadableImage(
+            f"{image.width} x {image.height} pixels are more than {most:,}, the limit; {_LIMIT} sets another one"
+        )
+    return image
+
+
+def most_pixels() -> int:
+    """Pixels of an image above which it counts as unreadable. Raises InputError for a limit that is no number."""
+    given = os.environ.get(_LIMIT)
+    if given is not None and not given.isdecimal():
+        raise InputError(f"{_LIMIT}={given!r} in the environment is no number of pixels")
+    return _MOST_PIXELS if given is None else int(given)
 
 
 def _jpeg_ends(data: bytes) -> bool:

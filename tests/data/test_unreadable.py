@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 from support.loading import SEED, joined, loader_of, same, take
 
-from pixelgen_fast.data import Batch
+from pixelgen_fast.data import Batch, encoded
 from pixelgen_fast.data.encoded import UnreadableImage
 from pixelgen_fast.data.order import position, substitutes
+from pixelgen_fast.errors import InputError
 
 
 @pytest.fixture
@@ -113,3 +114,18 @@ def test_no_readable_image_is_an_error(tmp_path):
         (tmp_path / f"{k}.jpg").write_bytes(data)
     with pytest.raises(UnreadableImage, match=f"all 3 images of {tmp_path} are unreadable"):
         take(tmp_path, 1)
+
+
+def test_an_image_of_more_pixels_than_the_limit_is_refused_before_it_is_decoded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """PIL's own limit, 179 million, does not hold: sound scans and maps are larger."""
+    buffer = io.BytesIO()
+    Image.new("1", (20_000, 10_000)).save(buffer, "PNG")
+    assert encoded.inspect(buffer.getvalue())[2:4] == (10_000, 20_000)
+    monkeypatch.setenv("PIXELGEN_MAX_PIXELS", "100000000")
+    with pytest.raises(UnreadableImage, match="20000 x 10000 pixels are more than 100,000,000, the limit"):
+        encoded.inspect(buffer.getvalue())
+    monkeypatch.setenv("PIXELGEN_MAX_PIXELS", "many")
+    with pytest.raises(InputError, match="PIXELGEN_MAX_PIXELS='many' in the environment is no number"):
+        encoded.inspect(buffer.getvalue())
