@@ -26,11 +26,13 @@ EXTRAS = {
     "xformers": ["xformers>=0.0.35"],
     "eval": ["torch-fidelity>=0.4"],
     "log": ["tensorboard", "wandb"],
+    "parquet": ["pyarrow"],
     "teacher": ["timm>=1.0.20", "torchvision", "peft>=0.17"],
     "dev": [
         "torch-fidelity>=0.4",
         "torchvision",
         "tensorboard",
+        "pyarrow",
         "pytest>=8",
         "pytest-xdist",
         "hypothesis",

@@ -53,7 +53,7 @@ class Run:
 @dataclass
 class Data:
     # a class-per-folder tree, a tar or folder of tars (CLASS/NAME.ext, or WebDataset's pairs of an image and its .cls),
-    # a folder written by `pixelgen data pack`, or "digits"
+    # a Parquet file or folder of them (columns image and label), a folder written by `pixelgen data pack`, or "digits"
     root: str = "digits"
     image_size: int = above(0, default=256, most=16_384)
     # None: the number of classes that root has

@@ -22,7 +22,7 @@ _FOREIGN = {
     "@eadir", "@recycle", "@recently-snapshot", "@tmp", "#recycle", "#snapshot", "~snapshot", "__macosx",
     "$recycle.bin", "system volume information", "network trash folder", "temporary items", "lost+found",
 }  # fmt: skip
-_SPLITS = {"train", "val", "valid", "validation", "test"}
+SPLITS = {"train", "val", "valid", "validation", "test"}
 _log = logging.getLogger(__name__)
 
 
@@ -99,7 +99,7 @@ def warn_classes(root: Path, classes: list[str], counts: list[int], example: str
     if empty:
         named = ", ".join(empty[:20])
         _log.warning("%s: %d of %d class folders hold no images: %s", root, len(empty), len(classes), named)
-    if len(classes) > 1 and {name.lower() for name in classes} <= _SPLITS:
+    if len(classes) > 1 and {name.lower() for name in classes} <= SPLITS:
         _log.warning("%s: the classes are %s; did you mean %s?", root, ", ".join(classes), root / classes[0])
     if len(classes) == 1 and example.count("/") > 1:
         below = root / classes[0]

@@ -14,14 +14,16 @@ import numpy as np
 from pixelgen_fast.data.files import EXTENSIONS, Selection, walk, warn_classes
 from pixelgen_fast.data.image_index import ImageIndex, Names
 from pixelgen_fast.data.packed import PACKED_FILES, PackedIndex
+from pixelgen_fast.data.parquet import ParquetIndex, parquet_files
 from pixelgen_fast.data.tar import TarIndex
 from pixelgen_fast.errors import InputError
 
-_KINDS = "give a folder of images, a tar file, a folder of tar files or a packed folder"
+_KINDS = "give a folder of images, a tar or Parquet file, a folder of such files or a packed folder"
 
 
 def open_index(root: str | Path) -> ImageIndex:
-    """Open what `root` is: a packed folder, a tar file, a folder of tar files, or a folder (tree) of images.
+    """Open what `root` is: a packed folder, a tar or Parquet file, a folder of such files, or a folder (tree) of
+    images.
 
     Raises FileNotFoundError when root is missing, ValueError when it holds no images, mixes layouts or is damaged; the
     message names the place and the fix.
@@ -30,8 +32,10 @@ def open_index(root: str | Path) -> ImageIndex:
     if not root.exists():
         raise FileNotFoundError(f"data root {root} does not exist: {_KINDS}")
     if root.is_file():
+        if root.suffix == ".parquet":
+            return ParquetIndex(root, [root])
         if not _is_tar(root):
-            raise InputError(f"data root {root} is a file but not a .tar: {_KINDS}")
+            raise InputError(f"data root {root} is a file but not a .tar or .parquet: {_KINDS}")
         return TarIndex(root, [root])
     present = [name for name in PACKED_FILES if (root / name).exists()]
     if len(present) == len(PACKED_FILES):
@@ -39,8 +43,12 @@ def open_index(root: str | Path) -> ImageIndex:
     if present:
         missing = ", ".join(sorted(set(PACKED_FILES) - set(present)))
         raise InputError(f"packed folder {root} lacks {missing}: pack it again")
-    shards = sorted(p for p in root.iterdir() if _is_tar(p) and not p.name.startswith("."))
-    return TarIndex(root, shards) if shards else FolderIndex(root)
+    tars = sorted(p for p in root.iterdir() if _is_tar(p) and not p.name.startswith("."))
+    if parquets := parquet_files(root):
+        if tars:
+            raise InputError(f"{root} holds tar files ({tars[0].name}, ...) beside {parquets[0]}: keep one of the two")
+        return ParquetIndex(root, parquets)
+    return TarIndex(root, tars) if tars else FolderIndex(root)
 
 
 class FolderIndex(ImageIndex):
