@@ -21,8 +21,8 @@ from pixelgen_fast.signals import REQUEUE, StopAtOnce, Stopped
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code.
 
-    0 done; 2 an error to mend, in one line; 70 a fault of the program, with its traceback; 75 stopped by a signal with
-    everything saved that there was.
+    0 done; 2 an error to mend, in one line; 69 a rank is lost, which the line names; 70 a fault of the program, with
+    its traceback; 75 stopped by a signal with everything saved that there was.
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         args.arguments = rest
     elif rest:
         parser.error(f"unknown arguments: {' '.join(rest)}")
-    if not sys.stderr.isatty():
+    if sys.stderr is None or not sys.stderr.isatty():
         os.environ.setdefault("TQDM_MININTERVAL", "10")  # a progress bar in a log file is a line each time it moves
     errors.begin(False)
     with losable_output(), StopAtOnce():

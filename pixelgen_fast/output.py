@@ -39,13 +39,14 @@ class _Losable:
 def losable_output() -> Iterator[None]:
     """Inside, printing raises no OSError; nor does what is left of it when the process ends, which Python would turn
     into an exit code of its own."""
-    streams = (sys.stdout, sys.stderr)
+    out, err = sys.stdout, sys.stderr  # None where a process was started without them
     try:
-        with redirect_stdout(_Losable(sys.stdout)), redirect_stderr(_Losable(sys.stderr)):
+        with redirect_stdout(out and _Losable(out)), redirect_stderr(err and _Losable(err)):
             yield
     finally:
-        for stream in streams:
-            _let_go(stream)
+        for stream in (out, err):
+            if stream is not None:
+                _let_go(stream)
 
 
 def _let_go(stream: TextIO) -> None:

@@ -8,7 +8,7 @@ KeyboardInterrupt.
 
 Other processes: a forked child has the handlers too, but nobody to ask them, so in a child they restore the system's
 default and take effect. A spawned child starts with Python's own handlers and would die of the signal that a terminal
-or a cluster sends to the whole group: the loader starts its workers with the SIGNALS ignored.
+or a cluster sends to the whole group: the loader starts its readers with the SIGNALS blocked.
 Under torchrun, SIGTERM to the agent reaches every rank, which then has 30 seconds before SIGKILL.
 """
 

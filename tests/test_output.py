@@ -34,3 +34,8 @@ def test_what_can_be_written_is(capsys: pytest.CaptureFixture) -> None:
         print("another", file=sys.stderr)
         sys.stdout.writelines(["x", "y"])
     assert capsys.readouterr() == ("a line\nxy", "another\n")
+
+
+def test_a_process_without_output_works() -> None:
+    code = "import sys; sys.stdout = sys.stderr = None; " + COMMAND.removeprefix("import sys; ")
+    assert subprocess.run([sys.executable, "-c", code, "train", "no.yaml"], check=False).returncode == 2

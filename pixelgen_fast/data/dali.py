@@ -90,6 +90,7 @@ class Loader:
         self._decode_settings = {
             "decoder": decoder, "hw_decoder_load": settings.hw_decoder_load, "to_gpu": self._on_gpu,
         }  # fmt: skip
+        self._asked = asked
         self._batch = 0
         self._restarted_at: int | None = None
         self._pipeline: Pipeline | None = None
@@ -111,9 +112,9 @@ class Loader:
         self._batch += 1
         if self.settings.flip:
             mirrored = philox.uniform(self.order.seed, numbers, philox.FLIP, 1)[:, 0] < 0.5
-            images = torch.where(mirrored.to(self.device)[:, None, None, None], images.flip(2), images)
+            images = torch.where(self._there(mirrored)[:, None, None, None], images.flip(2), images)
         labels = torch.from_numpy(self.index.labels[indexes])
-        batch = Batch(images, labels.to(self.device), numbers.to(self.device))
+        batch = Batch(images, self._there(labels), self._there(numbers))
         self.wait_seconds += time.perf_counter() - began
         return batch
 
@@ -127,6 +128,11 @@ class Loader:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def _there(self, x: Tensor) -> Tensor:
+        """A small tensor on the device. From memory that is not pinned it would wait for all that the device has to
+        do."""
+        return x.pin_memory().to(self.device, non_blocking=True) if self._on_gpu else x.to(self.device)
 
     @property
     def _on_gpu(self) -> bool:
@@ -180,7 +186,8 @@ class Loader:
         trial = _Trial(self._source, self._device_id, self._decode_settings)
         for batch in range(self._batch, self._batch + self.settings.prefetch + 1):
             numbers = self.order.numbers(batch)
-            items = patiently(lambda numbers=numbers: list(self._source.items(numbers)), self.settings.wait_seconds)
+            read = lambda numbers=numbers: list(self._source.items(numbers))  # noqa: E731
+            items = patiently(read, self.settings.wait_seconds, self._asked)
             failed = {item.index: reason for item in items if (reason := trial.failure(item))}
             self._source.bad.update(failed)
             for i, reason in failed.items():

@@ -86,7 +86,7 @@ class Readers:
         # Not through a pipe, where a million names would wait for a process that may have been killed meanwhile.
         brief = SharedMemory.holding(source)
         for _ in range(count):
-            self._readers.append(_Reader(source.bad, brief, ahead))
+            self._readers.append(_Reader(source.bad, brief, ahead, asked))
 
     def begin(self, batch: int) -> None:
         """`next` gives micro-batch `batch`, and then those after it."""
@@ -146,8 +146,8 @@ class _Task(NamedTuple):
 class _Reader:
     """One process, as seen by the one that started it: asked for tasks, it gives their results in the same order."""
 
-    def __init__(self, bad: set[int], brief: SharedMemory, slots: int) -> None:
-        self.bad, self.brief = bad, brief
+    def __init__(self, bad: set[int], brief: SharedMemory, slots: int, asked: Callable[[], bool]) -> None:
+        self.bad, self.brief, self.asked = bad, brief, asked
         self.tickets = 0
         self.deaths = 0
         self.owed: deque[_Task] = deque()
@@ -217,6 +217,8 @@ class _Reader:
             while not self.pipe.poll(1.0):
                 if self.memory[0].counter != counter:
                     counter, since = self.memory[0].counter, time.monotonic()
+                elif self.asked():
+                    raise DataAway("a reader process gave nothing, and the run was asked to stop")
                 elif time.monotonic() - since > _SILENCE:
                     raise TimeoutError(f"gave nothing for {_SILENCE:.0f} s")
             ticket, reply = self.pipe.recv()

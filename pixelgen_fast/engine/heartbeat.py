@@ -58,6 +58,7 @@ class Heartbeat:
         self.store: dist.Store | None = None
         self.roll = Roll(self.world, limit)
         self.beat = Beat(socket.gethostname(), os.getpid(), allowed=patience)
+        self.own: BaseException | None = None  # an error that is known to be of no other rank
         self._lineage = lineage(os.environ)
         self._lock, self._ended = threading.Lock(), threading.Event()
         self._threads: list[threading.Thread] = []
@@ -80,7 +81,7 @@ class Heartbeat:
         """Tell the others how this rank ended. Raises RankLost in place of an error that a lost rank explains."""
         words = f"{type(error).__name__}: {error}" if error else ""
         found = ""
-        if self.world > 1 and _may_be_of_another_rank(error):
+        if self.world > 1 and error is not self.own and _may_be_of_another_rank(error):
             if isinstance(error, Stopped):
                 self.beat = replace(self.beat, ended=words)  # the others need not wait for this rank
             with StopRequest():  # a launcher that ends the rest is no wish to stop

@@ -39,7 +39,9 @@ class Keeper:
         self, config: cfg.Config, engine: ZeroEngine, folder: Path, device: torch.device, say: Callable[[str], None]
     ) -> None:
         self.engine, self.folder, self.say = engine, folder, say
-        background = config.save.background and has_memory(engine)
+        # all ranks alike: those that write at once and those that do not would wait for each other
+        short = any_rank([not has_memory(engine)], engine.host_group)[0] if config.save.background else True
+        background = not short
         self.saver = Saver(folder, engine, keep=config.save.keep, background=background)
         self.max_bad_steps = config.train.max_bad_steps
         self.health, self.watch = Health(config.train.loss_range), StepWatch(device)
@@ -48,13 +50,14 @@ class Keeper:
         self._origin: tuple[int, Path] | None = None  # what the run went on from
         self._retry_at = math.inf
 
-    def resume(self, path: Path, nimg: int, state: dict[str, Any] | None) -> None:
-        """Go on from the checkpoint of image `nimg`, in any folder. state: what it keeps of the losses."""
+    def resume(self, path: Path, nimg: int, state: dict[str, Any] | None, proven: bool = False) -> None:
+        """Go on from the checkpoint of image `nimg`, in any folder. state: what it keeps of the losses. proven: it is
+        known to be good."""
         self._origin = (nimg, path)
         for _ in self.watch.poll(wait=True):  # steps that are given up
             pass
         self.saved = nimg
-        self.health.resume(state, nimg)
+        self.health.resume(state, nimg, proven)
 
     def step(self, losses: Tensor, first: int, last: int) -> None:
         """A step on images [first, last) has been made. losses: as `training_step` gives them."""
@@ -135,7 +138,10 @@ class Keeper:
 def has_memory(engine: ZeroEngine) -> bool:
     """Whether this host can hold the checkpoints that its ranks have in flight; a warning says where it cannot."""
     values = sum(math.prod(engine.shapes[name]) * len(engine.kinds(name)) for name in engine.names())
-    ranks = min(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), engine.world)
+    # as torchrun, DeepSpeed's launcher and srun have it
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
+    here = next((os.environ[name] for name in names if os.environ.get(name, "").isdecimal()), "1")
+    ranks = min(int(here), engine.world)
     needed, free = 4 * values * IN_FLIGHT * ranks // engine.world, available_memory()
     if free is None or needed <= free:
         return True

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast import models
+from pixelgen_fast.atomic import replaced
 from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.engine.assemble import Parts
 from pixelgen_fast.engine.collectives import any_rank
@@ -169,8 +170,9 @@ class Report:
     def _describe(self) -> float:
         """Write what the run is, and print it; returns the device's peak FLOP/s."""
         p = self.parts
-        p.folder.config.write_text(cfg.to_yaml(p.config))
-        p.folder.classes.write_text(json.dumps(p.classes) + "\n")
+        for path, text in ((p.folder.config, cfg.to_yaml(p.config)), (p.folder.classes, json.dumps(p.classes) + "\n")):
+            with replaced(path) as work:
+                work.write_text(text)
         peak, what = device_peak(p.device)
         t = p.config.train
         accumulation = p.order(0).accumulation

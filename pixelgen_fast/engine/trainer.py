@@ -42,6 +42,10 @@ FIXED = (
 )
 
 
+# what decides which pictures the losses are of
+PICTURED = ("data.root", "data.crop", "data.flip", "data.image_size")
+
+
 class TrainingError(errors.UserError, RuntimeError):
     """The run cannot go on; the message says why and what is safe."""
 
@@ -134,6 +138,8 @@ class Trainer:
                     if not drawn:
                         return self._stopped()
             if not self._save(last=True):
+                if self.returns < c.train.returns:
+                    return None
                 raise self._failed()
             self.heart.at("drawing the last grid")
             done = self.report.finish(self.nimg, self.seconds, self._asked)
@@ -166,6 +172,7 @@ class Trainer:
 
     def _failed(self) -> TrainingError:
         """What ends a run whose steps are bad."""
+        self.heart.at("looking for the last good checkpoint")
         good, limit = self.keeper.retreat(), self.config.train.loss_range
         self.report.close()
         far = "" if limit is None else f", or far above the mean of the loss (train.loss_range={limit:g})"
@@ -177,23 +184,25 @@ class Trainer:
 
     def _unread(self) -> Exception:
         """Save, and say what ends a run of which a rank has no batches for the next step."""
-        self._save(last=True)
+        saved = f"the run is saved at image {self.nimg:,}, and the same command goes on from there"
+        if not self._save(last=True):
+            saved = "the same command goes on from the last checkpoint"
         self.report.close()
         if self.feed.error is not None and not isinstance(self.feed.error, errors.UserError):
+            self.heart.own = self.feed.error
             return self.feed.error
-        return TrainingError(
-            f"{self.feed.reason()}; the run is saved at image {self.nimg:,}, and the same command goes on from there"
-        )
+        return TrainingError(f"{self.feed.reason()}; {saved}")
 
     def _go_back(self) -> None:
         """Return to the last good checkpoint, to go on from there with a lower learning rate."""
         failed = self.nimg
+        self.heart.at("returning to the last good checkpoint")
         path = self.keeper.retreat()
         if path is None:
             raise self._failed()
         state = checkpoint.load(path, self.engine)
         self.nimg, self.seconds, self.due = state["nimg"], state["seconds"], False
-        self.keeper.resume(path, self.nimg, state.get("health"))
+        self.keeper.resume(path, self.nimg, state.get("health"), proven=True)
         self.returns += 1
         self.report.close()
         self._begin()
@@ -259,6 +268,11 @@ class Trainer:
                     f"{int(left[0].name):,}; put a whole one there, name one in run.resume, or choose another run.dir "
                     "to begin anew"
                 )
+            if suspects := checkpoint.suspects(self.folder.checkpoints):
+                raise checkpoint.CheckpointError(
+                    f"no checkpoint in {self.folder.checkpoints} is known to be good: {suspects[0]} was set aside "
+                    "after bad steps; rename it to its number to go on from it, or choose another run.dir to begin anew"
+                )
             return
         state = checkpoint.read_state(path, checkpoint.RUN)
         changed = differences(state["config"], cfg.to_dict(self.config))
@@ -274,7 +288,7 @@ class Trainer:
         self.nimg, self.seconds = state["nimg"], state["seconds"]
         self.returns = state["returns"] if isinstance(state.get("returns"), int) else 0
         # the losses of another objective or other data have another range
-        other = any(key.startswith(("objective.", "alignment.", "data.")) for key in changed)
+        other = any(key.startswith(("objective.", "alignment.")) or key in PICTURED for key in changed)
         self.keeper.resume(path, self.nimg, None if other else state.get("health"))
         if self.rank == 0:
             print(
@@ -299,11 +313,12 @@ class Trainer:
                 )
         root.mkdir(parents=True, exist_ok=True)
         numel = sum(torch.Size(shape).numel() for shape in self.engine.shapes.values())
-        need = 4 * numel * (3 + len(self.config.optimizer.ema)) * (keep + 1)
-        free = shutil.disk_usage(root).free
+        size = 4 * numel * (3 + len(self.config.optimizer.ema))
+        more = keep + 1 - min(len(checkpoint.checkpoints(self.folder.checkpoints)), keep)  # those that are there stay
+        need, free = size * more, shutil.disk_usage(root).free
         if free < need:
             raise TrainingError(
-                f"{root}: {keep} checkpoints and one being written need {need / 1e9:.1f} GB, "
+                f"{root}: {keep} checkpoints and one being written need {need / 1e9:.1f} GB more, "
                 f"{free / 1e9:.1f} GB are free; free some, choose another run.dir or a smaller save.keep"
             )
 

@@ -118,9 +118,13 @@ class Health:
         """Plain types, for a checkpoint."""
         return {"loss": self.mean, "steps": self.count, "good": self.good}
 
-    def resume(self, state: Any, nimg: int) -> None:
-        """Go on from the checkpoint of image `nimg`. state: what it keeps of this; another makes a new beginning."""
+    def resume(self, state: Any, nimg: int, proven: bool = False) -> None:
+        """Go on from the checkpoint of image `nimg`. state: what it keeps of this; another makes a new beginning.
+        proven: it is known to be good, which it could not say of itself."""
         self.bad_in_a_row, self._unproven, self._calm = 0, nimg, -1
+        self.mean, self.count, self.good = 0.0, 0, None
         match state:
             case {"loss": float(loss), "steps": int(steps), "good": int() | None as good}:
                 self.mean, self.count, self.good = loss, steps, good
+        if proven:
+            self.good, self._unproven = nimg, None

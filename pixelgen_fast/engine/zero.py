@@ -114,7 +114,7 @@ class ZeroEngine:
         self.shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
         self.stage, self.optimizer = stage, optimizer
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.host_group = dist.new_group(backend="gloo") if dist.get_backend() == "nccl" else None
+        self.host_group = group.host_group()
         numel = sum(p.numel() for p in self._parameters.values())
         own_masters = masters.applies(dtype, stage, self.world, accumulation)
         self._sharded = (stage > 1 or self.world > 1 or dtype != "fp32") and not own_masters

@@ -151,6 +151,12 @@ def checkpoints(folder: Path | str) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name), reverse=True)
 
 
+def suspects(folder: Path | str) -> list[Path]:
+    """The checkpoints in a folder that were set aside, newest first."""
+    found = [p for p in Path(folder).glob(f"{_SUSPECT}*") if p.name.removeprefix(_SUSPECT).isdecimal()]
+    return sorted(found, reverse=True)
+
+
 def set_aside(folder: Path | str, good: int | None) -> list[Path]:
     """Rename the checkpoints that are newer than the good one, or all where there is none; returns their new paths."""
     newer = [path for path in checkpoints(folder) if good is None or int(path.name) > good]

@@ -99,7 +99,7 @@ class Run:
     def finish(self) -> None:
         """Give the command again until it ends well."""
         for _ in range(AGAIN):
-            if self.end(self.start()) == 0:
+            if self.end(self.start(), 0, MEND) == 0:
                 return
         raise Lost(f"the command given {AGAIN} times does not come to its end: {self.said()}")
 
@@ -129,7 +129,7 @@ def write_images(root: Path) -> None:
 
 
 def weights(run: Run) -> dict[str, np.ndarray]:
-    """All tensors of the last checkpoint; and the rows of metrics must be those of every step, once."""
+    """All tensors of the last checkpoint; no row of metrics may be double or out of order."""
     from safetensors.numpy import load_file
 
     last = run.checkpoints()[-1]
@@ -263,8 +263,9 @@ def second_owner(run: Run, rng: random.Random) -> None:
     second = run.start()
     while first.is_alive() and second.is_alive():
         time.sleep(0.01)
-    alone = not first.is_alive() and second.is_alive()  # the first was through before the second looked
-    run.end(second, *((0, MEND) if alone else (MEND, 0)))
+    # where the first was through before the second looked, the second finds a run that has ended
+    beside = first.is_alive()
+    run.end(second, *((MEND,) if beside else (0, MEND)))
     run.end(first, 0)
 
 

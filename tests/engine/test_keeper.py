@@ -4,6 +4,7 @@ import json
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.engines import Memory
@@ -11,7 +12,7 @@ from support.runs import rows, train
 from support.spoiled import Spoiled
 
 from pixelgen_fast.cli import main
-from pixelgen_fast.engine import keeper
+from pixelgen_fast.engine import keeper, trainer
 from pixelgen_fast.runs import saver
 from pixelgen_fast.runs.checkpoint import Content, checkpoints, read_state
 from pixelgen_fast.runs.ranks import Team
@@ -137,3 +138,30 @@ def test_checkpoints_that_memory_cannot_hold_are_written_at_once(
     monkeypatch.setattr(keeper, "available_memory", lambda: free)
     assert keeper.has_memory(Memory(1)) == enough
     assert ("save.background needs" in caplog.text) == (not enough)
+
+
+def test_a_run_whose_checkpoints_were_all_set_aside_does_not_begin_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    assert main(command(run, 32)) == 0
+    for path in checkpoints(run / "checkpoints"):
+        path.rename(path.with_name(f"suspect-{path.name}"))
+    metrics = (run / "metrics.jsonl").read_bytes()
+    assert main(command(run, 64)) == 2
+    assert f"is known to be good: {run}/checkpoints/suspect-{32:012d} was set aside" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_bytes() == metrics
+
+
+@pytest.mark.parametrize(("room", "code"), [(0.5, 2), (1.5, 0)])
+def test_checkpoints_that_are_there_are_not_asked_to_fit_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, room: float, code: int
+) -> None:
+    """Two are kept and there; room for the one that is written next is enough."""
+    run = tmp_path / "run"
+    assert main(command(run, 48, "save.keep=2")) == 0
+    size = sum(file.stat().st_size for file in checkpoints(run / "checkpoints")[0].glob("*.safetensors"))
+    usage = shutil.disk_usage(run)._replace(free=int(room * size))
+    monkeypatch.setattr(trainer, "shutil", SimpleNamespace(disk_usage=lambda path: usage))
+    assert main(command(run, 64, "save.keep=2")) == code
+    assert ("and one being written need" in capsys.readouterr().err) == (code == 2)

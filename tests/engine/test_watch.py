@@ -102,3 +102,12 @@ def test_a_checkpoint_that_tells_nothing_of_its_losses_is_resumed(state: object)
     found = Health(10.0)
     found.resume(state, 24)
     assert found.add(Step(24, 32, 0, 1e30)) == "" and found.good == 24
+
+
+def test_a_checkpoint_that_the_run_returned_to_stays_the_good_one() -> None:
+    """It was proven after it had been written, so that its own state names an older one, or none."""
+    found = health([1.0])
+    found.resume({"loss": 1.0, "steps": 3, "good": None}, 48, proven=True)
+    assert found.good == 48 and found.kept == {48}
+    found.resume("nothing of this", 48)
+    assert found.good is None and found.mean == found.count == 0
