@@ -231,22 +231,23 @@ def from_dict(values: dict[str, Any], model_schema: Callable[[str], type]) -> Co
 
 def from_layers(layers: list[tuple[str, Any]], model_schema: Callable[[str], type]) -> Config:
     """Merge (origin, values) layers, later over earlier, into a checked Config."""
-    system = None
+    system, named = None, layers[0][0]
     for origin, values in layers:
         if isinstance(values, Override):
             if values.key not in ("model", "model.system"):
                 continue
             values = values.values(Config)
         try:
-            system = OmegaConf.select(values, "model.system", default=system)
+            given = OmegaConf.select(values, "model.system")
         except OmegaConfBaseException as error:
             raise ConfigError(f"{origin}: model.system: {str(error).splitlines()[0]}") from error
+        system, named = (system, named) if given is None else (given, origin)
     if system is None:
-        raise ConfigError(f"{layers[0][0]}: model.system is missing")
+        raise ConfigError(f"{named}: model.system is missing")
     try:
         model_class = model_schema(str(system))
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"{named}: {error}") from error
     config: Config = merge(Config, layers, model_class)
     validate(config)
     return config
