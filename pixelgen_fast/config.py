@@ -67,7 +67,7 @@ class Data:
     prefetch: int = above(0, default=2)
     # how long a data root that is away, as a network file system that reconnects, is waited for
     wait_seconds: float = at_least(0, default=60.0)
-    # a run ends when more than this share of the images, and more than 10, turned out to be unreadable
+    # a run ends when a rank has met more than this share of the images, and more than 10, that are unreadable
     max_unreadable: float = within(0, 1, default=0.01)
     # share of a batch that the JPEG engines of a GPU decode
     hw_decoder_load: float = within(0, 1, default=0.65)
