@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,15 +63,20 @@ def dry_run(config: cfg.Config) -> int:
     return 0
 
 
-def sample(args: argparse.Namespace) -> int:
+def _together(work: Callable[[argparse.Namespace, Team], None], args: argparse.Namespace) -> int:
+    """Do the work of a command with all ranks of the launcher, or alone."""
     from pixelgen_fast.engine.heartbeat import Heartbeat
     from pixelgen_fast.engine.team import Team
 
+    with Heartbeat() as heart:
+        work(args, Team(heart))
+    return 0
+
+
+def sample(args: argparse.Namespace) -> int:
     if args.per_class < 1:
         raise errors.InputError(f"--per-class is {args.per_class}; it must be at least 1")
-    with Heartbeat() as heart:
-        _sample(args, Team(heart))
-    return 0
+    return _together(_sample, args)
 
 
 def _sample(args: argparse.Namespace, team: Team) -> None:
@@ -94,14 +100,9 @@ def _sample(args: argparse.Namespace, team: Team) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    from pixelgen_fast.engine.heartbeat import Heartbeat
-    from pixelgen_fast.engine.team import Team
-
     if args.samples is not None and args.samples < 2:
         raise errors.InputError(f"--samples is {args.samples}; it must be at least 2")
-    with Heartbeat() as heart:
-        _evaluate(args, Team(heart))
-    return 0
+    return _together(_evaluate, args)
 
 
 def _evaluate(args: argparse.Namespace, team: Team) -> None:

@@ -43,8 +43,8 @@ class Launch:
     rows: pixels or tokens it handles, the unit of "issue slots per row".
     loops: trip count of its loops by nesting depth, outermost first; a kernel without a loop has ().
     widest: bits of the widest access that the layout in memory allows to nine tenths of its bytes, which the report's
-        gate asks for; below 128 only where rows begin at addresses that are no multiple of 16 bytes (a SwiGLU of 2730
-        bf16, a target of three float32 a pixel).
+        gate asks for; below 128 only where rows begin at addresses that are no multiple of 16 bytes (a target of
+        three float32 a pixel).
     options: further options of the Triton backend, such as {"maxnreg": 128}.
     """
 

@@ -24,7 +24,7 @@ from pixelgen_fast.engine.memory import available_memory
 from pixelgen_fast.engine.watch import Health, StepWatch
 from pixelgen_fast.engine.zero import ZeroEngine
 from pixelgen_fast.runs import checkpoint
-from pixelgen_fast.runs.ranks import Team
+from pixelgen_fast.runs.ranks import Ranks
 from pixelgen_fast.runs.saver import IN_FLIGHT, Saved, Saver
 
 RETRY_SECONDS = 30.0
@@ -98,7 +98,7 @@ class Keeper:
     def retreat(self) -> Path | None:
         """The last good checkpoint on every rank, once the newer ones have been set aside; None for none."""
         self._hear(self.saver.wait())
-        return Team(self.engine.rank, self.engine.world, self.engine.host_group).on_rank_zero(self._retreat)
+        return Ranks(self.engine.rank, self.engine.world, self.engine.host_group).on_rank_zero(self._retreat)
 
     def _retreat(self) -> Path | None:
         good = -1 if self.health.good is None else self.health.good
@@ -137,12 +137,11 @@ class Keeper:
 
 def has_memory(engine: ZeroEngine) -> bool:
     """Whether this host can hold the checkpoints that its ranks have in flight; a warning says where it cannot."""
-    values = sum(math.prod(engine.shapes[name]) * len(engine.kinds(name)) for name in engine.names())
     # as torchrun, DeepSpeed's launcher and srun have it
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "SLURM_NTASKS_PER_NODE")
     here = next((os.environ[name] for name in names if os.environ.get(name, "").isdecimal()), "1")
     ranks = min(int(here), engine.world)
-    needed, free = 4 * values * IN_FLIGHT * ranks // engine.world, available_memory()
+    needed, free = checkpoint.state_bytes(engine) * IN_FLIGHT * ranks // engine.world, available_memory()
     if free is None or needed <= free:
         return True
     log.warning(

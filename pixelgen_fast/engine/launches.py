@@ -38,16 +38,15 @@ def step_launches(
     of a teacher or DINO the architecture is enough. Raises ValueError for a configuration that a run would refuse.
     """
     stage, size, batch = config.train.zero_stage, config.data.image_size, config.train.micro_batch
-    own = masters.applies(precision, stage, ranks, config.train.global_batch // (batch * ranks))
-    sharded = (precision == "bf16" or stage > 1 or ranks > 1) and not own
+    keeper = masters.keeper_of_state(precision, stage, ranks, config.train.global_batch // (batch * ranks))
+    sharded = keeper == "shards"
     module, optimizer = build_on_meta(config, precision, in_one_buffer=sharded and stage < 3)
-    if own:
-        kept = masters.Masters(module, optimizer)
+    kept = masters.Masters(optimizer) if keeper == "masters" else None
     with META:
         images = torch.empty(batch, size, size, 3, dtype=torch.uint8)
         labels, numbers = (torch.zeros(batch, dtype=torch.int64) for _ in range(2))
     of_module = module_launches(module, images, labels, numbers, multiprocessors)
-    if own:
+    if kept:
         kept.take_gradients()
     return [*of_module, *optimizer_launches(optimizer, sharded, multiprocessors)]
 

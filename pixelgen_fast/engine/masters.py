@@ -11,6 +11,7 @@ begins at a multiple of 32 bytes in bf16, so that products and kernels keep thei
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import Literal
 
 import torch
 from pixelgen_kernels.adamw_ema import WIDE
@@ -19,20 +20,26 @@ from torch import Tensor, nn
 from pixelgen_fast.engine.optimizer import AdamWEMA
 
 
-def applies(dtype: str, stage: int, world: int, accumulation: int) -> bool:
-    """Whether a run keeps its weights so: bf16 on one rank at stage 1, one micro-batch a step. Several add up in fp32
-    as they come, which DeepSpeed does."""
-    return dtype == "bf16" and stage == 1 and world == 1 and accumulation == 1
+def keeper_of_state(dtype: str, stage: int, world: int, accumulation: int) -> Literal["shards", "masters", "module"]:
+    """Where a run's float32 weights and moments lie: in DeepSpeed's shards, in Masters, or at the module's parameters.
+
+    One rank at stage 1 has nothing to shard. In bf16 it has Masters, with one micro-batch a step: several add up in
+    fp32 as they come, which DeepSpeed does.
+    """
+    alone = stage == 1 and world == 1
+    if alone and dtype == "bf16" and accumulation == 1:
+        return "masters"
+    return "module" if alone and dtype == "fp32" else "shards"
 
 
 class Masters:
     """Replaces the parameters in an optimizer's groups by one flat float32 parameter a group.
 
-    module: in bf16, whose parameters become views. optimizer: over those of them that are trained.
+    optimizer: over bf16 parameters, which become views.
     """
 
     @torch.no_grad()
-    def __init__(self, module: nn.Module, optimizer: AdamWEMA) -> None:
+    def __init__(self, optimizer: AdamWEMA) -> None:
         self.places: dict[nn.Parameter, tuple[nn.Parameter, int]] = {}
         self.trained: list[nn.Parameter] = []
         self.gradients: list[Tensor] = []

@@ -198,9 +198,8 @@ def _drop_rows_after(path: Path, nimg: int) -> None:
     if not path.exists():
         return
     rows = [line for line in path.read_bytes().split(b"\n") if _row_nimg(line) <= nimg]
-    scratch = path.with_suffix(".tmp")
-    scratch.write_bytes(b"".join(row + b"\n" for row in rows))
-    scratch.replace(path)
+    with replaced(path) as work:
+        work.write_bytes(b"".join(row + b"\n" for row in rows))
 
 
 def _row_nimg(line: bytes) -> float:

@@ -116,8 +116,8 @@ class ZeroEngine:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.host_group = group.host_group()
         numel = sum(p.numel() for p in self._parameters.values())
-        own_masters = masters.applies(dtype, stage, self.world, accumulation)
-        self._sharded = (stage > 1 or self.world > 1 or dtype != "fp32") and not own_masters
+        keeper = masters.keeper_of_state(dtype, stage, self.world, accumulation)
+        self._sharded, own_masters = keeper == "shards", keeper == "masters"
         given = ("fp32",) * 3 if own_masters else dtypes
         config = _config(stage if self._sharded else 0, micro_batch, accumulation, self.world, given, numel)
 
@@ -129,7 +129,9 @@ class ZeroEngine:
             module.bfloat16()
         self._engine = _initialize(module, optimizer, _merged(config, overrides or {}))
         self._zero = self._engine.optimizer
-        self._masters = masters.Masters(module.bfloat16(), optimizer) if own_masters else None
+        if own_masters:
+            module.bfloat16()
+        self._masters = masters.Masters(optimizer) if own_masters else None
         device = get_accelerator().current_device_name()
         optimizer.counters = optimizer.counters.to(device)
         self._take_norm_from_shards()

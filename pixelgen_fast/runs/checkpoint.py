@@ -34,7 +34,7 @@ from torch import Tensor
 from pixelgen_fast.runs.folder import CHECKPOINTS
 from pixelgen_fast.runs.manifest import FORMAT, MANIFEST, Files, damage, seal, sync, write_manifest
 from pixelgen_fast.runs.plain import check_types, read_object
-from pixelgen_fast.runs.ranks import Team, everyone
+from pixelgen_fast.runs.ranks import Ranks, everyone
 from pixelgen_fast.runs.shards import BUFFER, CheckpointError, open_shards, read_weights, shape_of, write_shards
 
 __all__ = [
@@ -118,7 +118,7 @@ def describe(
     return Content(Path(folder), nimg, text, _bytes_needed(engine), _shards(engine), keep, frozenset(good))
 
 
-def write(content: Content, team: Team) -> Path:
+def write(content: Content, team: Ranks) -> Path:
     """Write a checkpoint, then delete older ones; returns its path. All ranks must call.
 
     A valid checkpoint of the same nimg is left as it is; a damaged one is replaced. Raises DiskSpaceError before
@@ -141,7 +141,7 @@ def save(
 ) -> Path:
     """`describe` and `write` in one, holding no more than a shard in memory."""
     content = describe(folder, engine, nimg=nimg, state=state, keep=keep, good=good)
-    return write(content, Team(engine.rank, engine.world, engine.host_group))
+    return write(content, Ranks(engine.rank, engine.world, engine.host_group))
 
 
 def checkpoints(folder: Path | str) -> list[Path]:
@@ -178,7 +178,7 @@ def latest_valid(folder: Path | str, group: dist.ProcessGroup | None = None) -> 
     return _newest_whole(Path(folder), everyone(group))
 
 
-def _newest_whole(folder: Path, team: Team) -> Path | None:
+def _newest_whole(folder: Path, team: Ranks) -> Path | None:
     for path in team.on_rank_zero(lambda: checkpoints(folder)):
         found = _all_damage(path, team)
         if not found:
@@ -188,7 +188,7 @@ def _newest_whole(folder: Path, team: Team) -> Path | None:
     return None
 
 
-def _all_damage(path: Path, team: Team) -> list[str]:
+def _all_damage(path: Path, team: Ranks) -> list[str]:
     found = team.all_gather(damage(path, team.rank, team.world))
     return list(dict.fromkeys(problem for part in found for problem in part))
 
@@ -265,9 +265,13 @@ def _shards(engine: Engine) -> Iterator[dict[str, Tensor]]:
     yield pending
 
 
+def state_bytes(engine: Engine) -> int:
+    """Of the float32 weights, moments and averages of all ranks."""
+    return 4 * sum(math.prod(engine.shapes[name]) * len(engine.kinds(name)) for name in engine.names())
+
+
 def _bytes_needed(engine: Engine) -> int:
-    values = sum(math.prod(engine.shapes[name]) * len(engine.kinds(name)) for name in engine.names())
-    return 4 * values + sum(b.nbytes for b in engine.buffers().values()) + _SLACK_BYTES
+    return state_bytes(engine) + sum(b.nbytes for b in engine.buffers().values()) + _SLACK_BYTES
 
 
 def _prepare(final: Path, temporary: Path, needed: int) -> bool:

@@ -12,8 +12,8 @@ from pixelgen_fast.runs.shards import CheckpointError
 
 
 @dataclass(frozen=True)
-class Team:
-    """host_group: a process group for host objects; None for the default one."""
+class Ranks:
+    """This process among the ranks of a run. host_group: a process group for host objects; None for the default one."""
 
     rank: int
     world: int
@@ -46,7 +46,7 @@ class Team:
         return everyone
 
 
-def everyone(group: dist.ProcessGroup | None = None) -> Team:
+def everyone(group: dist.ProcessGroup | None = None) -> Ranks:
     """All processes of the run, or this one alone."""
     together = dist.is_available() and dist.is_initialized()
-    return Team(dist.get_rank(), dist.get_world_size(), group) if together else Team(0, 1)
+    return Ranks(dist.get_rank(), dist.get_world_size(), group) if together else Ranks(0, 1)

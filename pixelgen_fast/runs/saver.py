@@ -24,7 +24,7 @@ from typing import Any
 import torch.distributed as dist
 
 from pixelgen_fast.runs.checkpoint import CheckpointError, Content, Engine, describe, write
-from pixelgen_fast.runs.ranks import Team
+from pixelgen_fast.runs.ranks import Ranks
 
 IN_FLIGHT = 2
 # writers wait for the slowest disk; a lost rank is found by the training
@@ -54,7 +54,7 @@ class Saver:
     def __init__(self, folder: Path, engine: Engine, *, keep: int, background: bool) -> None:
         self.folder, self.engine, self.keep, self.background = folder, engine, keep, background
         group = dist.new_group(backend="gloo", timeout=_PATIENCE) if engine.world > 1 else None
-        self.team = Team(engine.rank, engine.world, group)
+        self.team = Ranks(engine.rank, engine.world, group)
         self._pending: deque[Future[Saved]] = deque()
         self._jobs: queue.SimpleQueue[tuple[Future[Saved], Content, float] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
@@ -108,7 +108,7 @@ class Saver:
         return job is not None
 
 
-def _write(future: Future[Saved], content: Content, waited: float | None, team: Team) -> None:
+def _write(future: Future[Saved], content: Content, waited: float | None, team: Ranks) -> None:
     """waited: None where the training waits for all of it."""
     begin, error = time.perf_counter(), None
     try:

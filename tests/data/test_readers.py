@@ -5,6 +5,7 @@ import os
 import pickle
 import signal
 import time
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -137,23 +138,18 @@ def test_a_reader_that_stands_still_is_replaced(source, monkeypatch, caplog):
 def test_a_reader_that_ends_again_and_again_is_an_error(source, monkeypatch):
     deadly = Deadly(source.index, 5, size=16, crop="adm", halvings=3)
     monkeypatch.setattr(readers, "_MOST_DEATHS", 1)
-    pool = Readers(deadly, ORDER, 0, count=1, ahead=1)
-    try:
+    with closing(Readers(deadly, ORDER, 0, count=1, ahead=1)) as pool:
         pool.begin(0)
         with pytest.raises(ResourceError, match=r"ended \(signal 9\), 2 times at images 0 to 6 .*fewer data.workers"):
             pool.next()
-    finally:
-        pool.close()
 
 
 def test_a_fault_of_a_reader_comes_with_its_traceback(source):
-    pool = Readers(Broken(source.index, 5, size=16, crop="adm", halvings=3), ORDER, 0, count=1, ahead=1)
-    try:
+    broken = Broken(source.index, 5, size=16, crop="adm", halvings=3)
+    with closing(Readers(broken, ORDER, 0, count=1, ahead=1)) as pool:
         pool.begin(0)
         with pytest.raises(RuntimeError, match=r"(?s)a reader process failed: KeyError.*in prepare"):
             pool.next()
-    finally:
-        pool.close()
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 from support.engines import Memory
-from support.runs import rows, train
+from support.runs import fill_disk, rows, train
 from support.spoiled import Spoiled
 
 from pixelgen_fast.cli import main
 from pixelgen_fast.engine import keeper, trainer
 from pixelgen_fast.runs import saver
 from pixelgen_fast.runs.checkpoint import Content, checkpoints, read_state
-from pixelgen_fast.runs.ranks import Team
+from pixelgen_fast.runs.ranks import Ranks
 
 
 def saved(folder: Path) -> list[int]:
@@ -100,13 +100,7 @@ def test_what_could_not_be_written_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     """The disk is full at image 64 only; the checkpoint comes a few steps later, not 64 images later."""
-    usage, calls = shutil.disk_usage, []
-
-    def full(path: Path) -> object:
-        calls.append(path)
-        return usage(path)._replace(free=0) if len(calls) == 2 else usage(path)
-
-    monkeypatch.setattr(shutil, "disk_usage", full)
+    fill_disk(monkeypatch, at=2)
     monkeypatch.setattr(keeper, "RETRY_SECONDS", 0.0)
     assert main(command(tmp_path / "run", 128, "save.every_images=64", "save.background=false")) == 0
     said = capfd.readouterr().out
@@ -121,7 +115,7 @@ def test_a_slow_disk_costs_no_checkpoint_that_is_good(
     """The one of image 32 is still being written when that of 48 is taken, and must outlive it though keep is 1."""
     write = saver.write
 
-    def slowly(content: Content, team: Team) -> None:
+    def slowly(content: Content, team: Ranks) -> None:
         time.sleep(1.0 if content.nimg == 32 else 0.0)
         write(content, team)
 

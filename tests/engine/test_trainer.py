@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 from support.golden import relative
-from support.runs import DIGITS, newest, train
+from support.runs import DIGITS, fill_disk, newest, train
 from support.spoiled import Spoiled
 
 from pixelgen_fast.cli import main
@@ -238,13 +238,7 @@ def test_a_full_disk_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     """The second checkpoint finds no room; the run goes on, says so, and the third is written."""
-    usage, calls = shutil.disk_usage, []
-
-    def full(path: Path) -> object:
-        calls.append(path)
-        return usage(path) if len(calls) != 3 else usage(path)._replace(free=0)
-
-    monkeypatch.setattr(shutil, "disk_usage", full)
+    fill_disk(monkeypatch, at=3)
     assert main(command(tmp_path / "run", 96)) == 0
     said = capfd.readouterr().out
     assert "no checkpoint at image 64, the run goes on" in said

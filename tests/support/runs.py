@@ -1,7 +1,10 @@
 """Small runs of the digits: their commands, and what they leave."""
 
 import json
+import shutil
 from pathlib import Path
+
+import pytest
 
 from pixelgen_fast.runs.checkpoint import checkpoints
 from pixelgen_fast.runs.folder import RunFolder
@@ -27,3 +30,14 @@ def rows(folder: Path) -> list[dict]:
 def newest(folder: Path) -> Path:
     """The newest checkpoint of a run."""
     return checkpoints(RunFolder(folder).checkpoints)[0]
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, at: int) -> None:
+    """Nothing is free when shutil.disk_usage is asked for the at-th time."""
+    usage, calls = shutil.disk_usage, []
+
+    def full(path: Path) -> object:
+        calls.append(path)
+        return usage(path)._replace(free=0) if len(calls) == at else usage(path)
+
+    monkeypatch.setattr(shutil, "disk_usage", full)
