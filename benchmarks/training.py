@@ -57,7 +57,7 @@ class Training:
                 model = models.build_model(config, classes)
             self.fill_zeros(model)
             with forced("reference"), torch.device("meta"):
-                self.flops = 3 * batch * forward_flops(models.build_model(config, classes), size)
+                self.flops = 3 * batch * forward_flops(models.build_model(config, classes))
             wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=config.train.compile_blocks)
             self.module = FlowMatching(model, config.objective, config.run.seed, classes)
             check_graph(config, self.device, 1, 1, self.module)

@@ -64,35 +64,93 @@ def build(settings: Settings, image_size: int, num_classes: int) -> Mixer:
 '''
 
 
-@pytest.fixture
-def mixer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The system's file in models/, as far as Python can see, and its YAML."""
-    folder = tmp_path / "models"
+# its only piece is the whole image, and it knows the mean of each class
+MEANS = '''
+"""The mean image of each class: the smallest sequential system, for a test."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from pixelgen_kernels import philox
+from torch import Tensor, nn
+
+from pixelgen_fast.config import Objective, Sampling
+from pixelgen_fast.diffusion.path import to_unit
+from pixelgen_fast.models import system
+from pixelgen_fast.models.system import SequentialSystem
+
+
+@dataclass
+class Settings(system.Settings):
+    system: str = "means"
+    hidden_size: int = 3
+    patch_size: int = 4
+
+
+class Means(SequentialSystem):
+    loss_weights = {"squares": 1.0, "sum": 0.5}
+
+    def __init__(self, settings: Settings, image_size: int, num_classes: int) -> None:
+        super().__init__(settings, image_size, num_classes)
+        self.y_embed = nn.Embedding(num_classes + 1, 3 * image_size**2)
+
+    def forward(
+        self, images: Tensor, y: Tensor, numbers: Tensor, seed: int, objective: Objective
+    ) -> dict[str, Tensor]:
+        error = to_unit(images).flatten(1) - self.y_embed(y)
+        error = error + 0.01 * philox.normal(seed, numbers, philox.NOISE, error.shape[1])
+        return {"squares": error.square().mean(1), "sum": error.sum(1).square()}
+
+    def draw(
+        self, labels: Tensor, numbers: Tensor, settings: Sampling, objective: Objective, before_pass: Callable
+    ) -> Tensor:
+        before_pass()
+        x = self.y_embed(labels)
+        x = x + 0.1 * philox.normal(settings.seed, numbers, philox.SAMPLING, x.shape[1])
+        return x.view(-1, 3, self.image_size, self.image_size)
+
+    def blocks(self) -> list[nn.Module]:
+        return []
+
+    def whole_modules(self) -> list[nn.Module]:
+        return []
+
+
+def build(settings: Settings, image_size: int, num_classes: int) -> Means:
+    return Means(settings, image_size, num_classes)
+'''
+
+
+@pytest.fixture(params=["mixer", "means"])
+def system(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The YAML of a system whose file is in models/, as far as Python can see."""
+    folder, name = tmp_path / "models", request.param
     folder.mkdir()
-    (folder / "mixer.py").write_text(MIXER)
+    (folder / f"{name}.py").write_text({"mixer": MIXER, "means": MEANS}[name])
     monkeypatch.setattr(models, "__path__", [*models.__path__, str(folder)])
     base = OmegaConf.load(DIGITS)
-    base["model"] = {"system": "mixer"}
+    base["model"] = {"system": name}
     changes = [
         "optimizer.schedule=constant", "optimizer.warmup_images=0", "train.global_batch=16", "train.micro_batch=8",
         "sample.steps=2", "sample.grid_every_images=32", "save.every_images=32", "log.tensorboard=false",
     ]  # fmt: skip
-    config = tmp_path / "mixer.yaml"
+    config = tmp_path / f"{name}.yaml"
     config.write_text(OmegaConf.to_yaml(OmegaConf.merge(base, OmegaConf.from_dotlist(changes))))
     yield config
-    sys.modules.pop("pixelgen_fast.models.mixer", None)
+    sys.modules.pop(f"pixelgen_fast.models.{name}", None)
     importlib.invalidate_caches()
 
 
 def test_a_system_from_one_file_goes_through_every_command(
-    mixer: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    system: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     whole, broken, out = tmp_path / "whole", tmp_path / "broken", tmp_path / "out"
-    assert "mixer" in models.systems()
-    assert main(["train", str(mixer), "--dry-run"]) == 0
-    assert main(["train", str(mixer), f"run.dir={whole}", "train.images=64"]) == 0
-    assert main(["train", str(mixer), f"run.dir={broken}", "train.images=32"]) == 0
-    assert main(["train", str(mixer), f"run.dir={broken}", "train.images=64"]) == 0
+    assert system.stem in models.systems()
+    assert main(["train", str(system), "--dry-run"]) == 0
+    assert main(["train", str(system), f"run.dir={whole}", "train.images=64"]) == 0
+    assert main(["train", str(system), f"run.dir={broken}", "train.images=32"]) == 0
+    assert main(["train", str(system), f"run.dir={broken}", "train.images=64"]) == 0
     assert "image 32 of 64" in capsys.readouterr().out
     expected, found = (read_weights(newest(folder), "raw") for folder in (whole, broken))
     assert expected.keys() == found.keys() and all(torch.equal(expected[k], found[k]) for k in expected)

@@ -33,8 +33,8 @@ class Noising(NamedTuple):
     noise_scale: float
 
     def of(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(z, x, e) of uint8 images [B, S, S, 3], each float32 [B, 3, S, S]."""
-        x = to_unit(images)
+        """(z, x, e) of uint8 images [B, S, S, 3], each float32 [B, 3, S, S]; or of data [B, ...], each so."""
+        x = to_unit(images) if images.dtype == torch.uint8 else images
         e = philox.normal(self.seed, self.numbers, philox.NOISE, x[:1].numel()).view_as(x)
         return add_noise(x, e, self.t, self.noise_scale), x, e
 

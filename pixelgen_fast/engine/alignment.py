@@ -27,7 +27,7 @@ from pixelgen_fast.dino.teacher import Teacher
 from pixelgen_fast.engine.features import FeatureCache
 from pixelgen_fast.engine.metrics import Stopwatch
 from pixelgen_fast.errors import InputError
-from pixelgen_fast.models.system import System
+from pixelgen_fast.models.system import BaseSystem
 
 Targets = Callable[[Tensor, Tensor], Tensor]
 
@@ -91,7 +91,7 @@ def resize_tokens(tokens: Tensor, count: int) -> Tensor:
 
 
 def build_alignment(
-    config: cfg.Config, model: System, index: ImageIndex | None, device: torch.device
+    config: cfg.Config, model: BaseSystem, index: ImageIndex | None, device: torch.device
 ) -> FeatureAlignment | None:
     """The alignment of a run, its projector a function of run.seed alone; None when alignment.teacher is null.
 
@@ -133,7 +133,7 @@ def _uncached(teacher: Teacher, images: Tensor, numbers: Tensor) -> Tensor:
     return teacher(images)
 
 
-def _check_layer(model: System, layer: int) -> None:
+def _check_layer(model: BaseSystem, layer: int) -> None:
     if not model.first_tap <= layer <= model.tap_depth:
         student = "" if model.first_tap == 0 else " and no DINO student"
         raise InputError(

@@ -25,10 +25,10 @@ from pixelgen_fast.engine.graph import check_graph
 from pixelgen_fast.engine.heartbeat import Heartbeat
 from pixelgen_fast.engine.memory import keep_freed_memory
 from pixelgen_fast.engine.metrics import forward_flops
-from pixelgen_fast.engine.objective import FlowMatching
+from pixelgen_fast.engine.objective import TrainingObjective, build_objective
 from pixelgen_fast.engine.optimizer import run_optimizer
 from pixelgen_fast.engine.parallel import wrap_blocks
-from pixelgen_fast.models.system import System
+from pixelgen_fast.models.system import BaseSystem
 from pixelgen_fast.runs import checkpoint
 from pixelgen_fast.runs.draw import load_for_other_classes
 from pixelgen_fast.runs.export import read_exported
@@ -54,7 +54,7 @@ class Parts:
     index: ImageIndex
     operators: str
     image_flops: int
-    objective: FlowMatching
+    objective: TrainingObjective
     engine: zero.ZeroEngine
 
     @property
@@ -92,13 +92,13 @@ def assemble(config: cfg.Config, heart: Heartbeat) -> Parts:
     begun = checkpoint.checkpoints(folder.checkpoints)
     built = with_kept_dino(config, folder.root) if begun else config
     model = models.build_model(built, len(index.classes))
-    flops = 3 * forward_flops(model, config.data.image_size)
+    flops = 3 * forward_flops(model)
     # refuses what was asked for and cannot run here, before anything is written
     operators = describe_operators(device, precision, model.head_dim)
     _initialise(model, config.run.init, rank)
     wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=config.train.compile_blocks)
     alignment = build_alignment(config, model, index, device)
-    objective = FlowMatching(model, config.objective, config.run.seed, len(index.classes), alignment)
+    objective = build_objective(model, config, alignment)
     check_graph(config, device, world, accumulation, objective)
     engine = zero.ZeroEngine(
         objective,
@@ -120,7 +120,7 @@ def _join(config: cfg.Config, device: torch.device, heart: Heartbeat) -> tuple[t
     return torch.device("cuda", local_rank) if device.type == "cuda" else device, rank, world
 
 
-def _initialise(model: System, weights: str | None, rank: int) -> None:
+def _initialise(model: BaseSystem, weights: str | None, rank: int) -> None:
     """Begin from an exported model, where run.init names one."""
     if weights:
         state, _ = read_exported(Path(weights))

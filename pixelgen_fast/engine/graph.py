@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from pixelgen_fast.config import Config, ConfigError
-from pixelgen_fast.engine.objective import FlowMatching
+from pixelgen_fast.engine.objective import TrainingObjective
 
 WARM_UP = 3  # passes before the capture, in which libraries and kernels settle
 
 
-def check_graph(config: Config, device: torch.device, world: int, accumulation: int, module: FlowMatching) -> None:
+def check_graph(config: Config, device: torch.device, world: int, accumulation: int, module: TrainingObjective) -> None:
     """Refuse what cannot be captured. Raises ConfigError with the reason; nothing where train.cuda_graph is off."""
     if not config.train.cuda_graph:
         return
@@ -49,7 +49,7 @@ def check_graph(config: Config, device: torch.device, world: int, accumulation: 
         raise ConfigError(f"train.cuda_graph is on, but {reason}")
 
 
-def capture(module: FlowMatching, micro_batch: int, image_size: int, device: torch.device) -> None:
+def capture(module: TrainingObjective, micro_batch: int, image_size: int, device: torch.device) -> None:
     """Record the module's forward and backward on the GPU, and replay them from now on.
 
     To be called once its parameters are where they will stay, after ZeRO has taken them. The gradients of parameters

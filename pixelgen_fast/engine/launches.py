@@ -21,7 +21,7 @@ from pixelgen_fast import config as cfg
 from pixelgen_fast import models
 from pixelgen_fast.engine import masters
 from pixelgen_fast.engine.alignment import build_alignment
-from pixelgen_fast.engine.objective import FlowMatching
+from pixelgen_fast.engine.objective import TrainingObjective, build_objective
 from pixelgen_fast.engine.optimizer import AdamWEMA, run_optimizer
 from pixelgen_fast.engine.parallel import wrap_blocks
 
@@ -51,7 +51,7 @@ def step_launches(
     return [*of_module, *optimizer_launches(optimizer, sharded, multiprocessors)]
 
 
-def build_on_meta(config: cfg.Config, precision: str, in_one_buffer: bool) -> tuple[FlowMatching, AdamWEMA]:
+def build_on_meta(config: cfg.Config, precision: str, in_one_buffer: bool) -> tuple[TrainingObjective, AdamWEMA]:
     """The module and the optimizer of a run on the meta device. in_one_buffer: its weights lie so, as ZeRO 1, 2 do."""
     config = replace(config, alignment=replace(config.alignment, cache=None, compile=False))
     classes = config.data.num_classes or 1  # launches do not depend on it
@@ -59,7 +59,7 @@ def build_on_meta(config: cfg.Config, precision: str, in_one_buffer: bool) -> tu
         model = models.build_model(config, classes)
         wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=False)
         alignment = build_alignment(config, model, None, META)
-        module = FlowMatching(model, config.objective, config.run.seed, classes, alignment)
+        module = build_objective(model, config, alignment)
         if precision == "bf16":
             module = module.bfloat16()
         optimizer = run_optimizer(config.optimizer, model, alignment)
@@ -70,7 +70,7 @@ def build_on_meta(config: cfg.Config, precision: str, in_one_buffer: bool) -> tu
 
 
 def module_launches(
-    module: FlowMatching, images: Tensor, labels: Tensor, numbers: Tensor, multiprocessors: int = 132
+    module: TrainingObjective, images: Tensor, labels: Tensor, numbers: Tensor, multiprocessors: int = 132
 ) -> list[Started]:
     """What forward and backward of a training objective start on a micro-batch; the parameters get gradients.
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from pixelgen_fast import config as cfg
 from pixelgen_fast.atomic import replaced
 from pixelgen_fast.engine.rows import RowFile
+from pixelgen_fast.models.system import BaseSystem
 from pixelgen_fast.runs.folder import RunFolder
 
 log = logging.getLogger(__name__)
@@ -32,15 +32,13 @@ log = logging.getLogger(__name__)
 GPU_PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "GH200": 989e12, "B200": 2250e12}
 
 
-def forward_flops(model: nn.Module, image_size: int) -> int:
+def forward_flops(model: BaseSystem) -> int:
     """FLOPs of one image's forward pass, counted by operator on shapes alone: nothing is computed."""
-    like = next(model.parameters())
     # of a model that is there, fake tensors stand for weights and results
-    shapes_only = nullcontext() if like.is_meta else FakeTensorMode(allow_non_fake_inputs=True)
+    there = not next(model.parameters()).is_meta
+    shapes_only = FakeTensorMode(allow_non_fake_inputs=True) if there else nullcontext()
     with shapes_only, FlopCounterMode(display=False) as counter, torch.no_grad():
-        z = torch.empty(1, 3, image_size, image_size, device=like.device, dtype=like.dtype)
-        t, y = (torch.zeros(1, dtype=dtype, device=like.device) for dtype in (torch.float32, torch.int64))
-        model(z, t, y)
+        model.trial(1)
     return counter.get_total_flops()
 
 

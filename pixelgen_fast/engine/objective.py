@@ -13,6 +13,7 @@ Shapes: B images of one micro-batch, S x S pixels.
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -21,27 +22,27 @@ import torch
 from pixelgen_kernels import philox
 from torch import Tensor, nn
 
-from pixelgen_fast.config import Objective
+from pixelgen_fast.config import Config, Objective
 from pixelgen_fast.diffusion.frequency import frequency_loss
 from pixelgen_fast.diffusion.loss import flow_loss
 from pixelgen_fast.diffusion.path import Noising, convert, slope, truth
 from pixelgen_fast.diffusion.time import chosen, drop_labels, sample_times
 from pixelgen_fast.engine.alignment import FeatureAlignment
-from pixelgen_fast.models.system import System
+from pixelgen_fast.models.system import BaseSystem, SequentialSystem, System
 from pixelgen_fast.runs.folder import MODEL
 
 
-class FlowMatching(nn.Module):
-    """Flow matching on a generator: forward(images uint8 [B, S, S, 3], labels, numbers int64 [B]) -> mean loss.
+class TrainingObjective(nn.Module, ABC):
+    """A generator with its loss: forward(images uint8 [B, S, S, 3], labels, numbers int64 [B]) -> mean loss.
 
-    weights: the parts of the loss, "flow" and, where they are on, "frequency" and "alignment", with their weights.
-    model: the generator, a child of the name that runs/folder.py gives it on disk.
-    parts: the unweighted mean of each in the last forward pass, detached, 0-dim, on the device.
+    weights: the parts of the loss with their weights. model: the generator, a child of the name that runs/folder.py
+    gives it on disk. parts: the unweighted mean of each part in the last forward pass, detached, 0-dim, on the device.
+    alignment: that of features, where there is one.
     """
 
     def __init__(
         self,
-        model: System,
+        model: BaseSystem,
         objective: Objective,
         seed: int,
         null_class: int,
@@ -49,13 +50,9 @@ class FlowMatching(nn.Module):
     ) -> None:
         super().__init__()
         self.add_module(MODEL, model)
-        self.objective, self.seed, self.null_class = objective, seed, null_class
         self.alignment = alignment
-        self.weights = {"flow": 1.0}
-        if objective.frequency_weight > 0:
-            self.weights["frequency"] = objective.frequency_weight
-        if alignment is not None:
-            self.weights["alignment"] = alignment.weight
+        self.objective, self.seed, self.null_class = objective, seed, null_class
+        self.weights: dict[str, float] = {}
         self.parts: dict[str, Tensor] = {}
 
     @property
@@ -75,16 +72,53 @@ class FlowMatching(nn.Module):
             torch.manual_seed(int.from_bytes(digest))
 
     def forward(self, images: Tensor, labels: Tensor, numbers: Tensor) -> Tensor:
+        y = drop_labels(self.seed, numbers, labels, self.objective.class_drop, self.null_class)
+        means = {name: loss_B.mean() for name, loss_B in self.losses(images, y, numbers).items()}
+        self.parts = {name: mean.detach() for name, mean in means.items()}
+        return sum(self.weights[name] * mean for name, mean in means.items())
+
+    @abstractmethod
+    def losses(self, images: Tensor, y: Tensor, numbers: Tensor) -> dict[str, Tensor]:
+        """The parts of each image's loss [B]; y: labels, those that are dropped being null_class."""
+
+
+class SequenceLoss(TrainingObjective):
+    """The loss that a sequential generator has of its own."""
+
+    def __init__(self, model: SequentialSystem, objective: Objective, seed: int, null_class: int) -> None:
+        super().__init__(model, objective, seed, null_class)
+        self.weights = dict(model.loss_weights)
+
+    def losses(self, images: Tensor, y: Tensor, numbers: Tensor) -> dict[str, Tensor]:
+        return self.model(images, y, numbers, self.seed, self.objective)
+
+
+class FlowMatching(TrainingObjective):
+    """Flow matching on a generator; its parts are "flow" and, where they are on, "frequency" and "alignment"."""
+
+    def __init__(
+        self,
+        model: System,
+        objective: Objective,
+        seed: int,
+        null_class: int,
+        alignment: FeatureAlignment | None = None,
+    ) -> None:
+        super().__init__(model, objective, seed, null_class, alignment)
+        self.weights = {"flow": 1.0}
+        if objective.frequency_weight > 0:
+            self.weights["frequency"] = objective.frequency_weight
+        if alignment is not None:
+            self.weights["alignment"] = alignment.weight
+
+    def losses(self, images: Tensor, y: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         o = self.objective
         t = sample_times(self.seed, numbers, o.time, o.time_mean, o.time_std, o.time_shift)
-        y = drop_labels(self.seed, numbers, labels, o.class_drop, self.null_class)
         fused = o.predict == "v" and o.frequency_weight == 0 and self.model.fuses_loss
         losses, tokens = (self._inside if fused else self._outside)(images, t, y, numbers)
         if self.alignment is not None:
             losses["alignment"] = self.alignment(tokens, images, numbers)
-        means = {name: loss_B.mean() for name, loss_B in losses.items()}
-        self.parts = {name: mean.detach() for name, mean in means.items()}
-        return sum(self.weights[name] * mean for name, mean in means.items())
+        return losses
 
     def _inside(self, images: Tensor, t: Tensor, y: Tensor, numbers: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """Losses of each image and the tapped tokens, from a model that noises and compares by itself."""
@@ -100,7 +134,7 @@ class FlowMatching(nn.Module):
         """Losses of each image and the tapped tokens, from the model's prediction at z."""
         o = self.objective
         path = {"noise_scale": o.noise_scale, "t_eps": o.t_eps}
-        z, x, e = Noising(numbers, t, self.seed, o.noise_scale).of(images)
+        z, x, e = Noising(numbers, t, self.seed, o.noise_scale).of(self.model.encode(images))
         drop = self.model.grounding_drop
         ground = {} if drop is None else {"ground": ~chosen(self.seed, numbers, drop, philox.GROUNDING_DROP)}
         model = partial(self.model, **ground)
@@ -118,3 +152,11 @@ class FlowMatching(nn.Module):
         if self.alignment is None:
             return function(*arguments), None
         return function(*arguments, tap=self.alignment.layer)
+
+
+def build_objective(model: BaseSystem, config: Config, alignment: FeatureAlignment | None = None) -> TrainingObjective:
+    """The objective of a run on its generator."""
+    seed, classes = config.run.seed, model.num_classes
+    if isinstance(model, SequentialSystem):
+        return SequenceLoss(model, config.objective, seed, classes)
+    return FlowMatching(model, config.objective, seed, classes, alignment)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from pixelgen_kernels.bodies import gpu_bodies
-from torch import Tensor, nn
+from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pixelgen_fast.config import Config
 from pixelgen_fast.engine.alignment import build_alignment
 from pixelgen_fast.engine.metrics import forward_flops
+from pixelgen_fast.models.system import BaseSystem
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Plan:
         return sum(shared) / world + sum(whole)
 
 
-def plan(model: nn.Module, config: Config, precision: str) -> Plan:
+def plan(model: BaseSystem, config: Config, precision: str) -> Plan:
     """Count a model that lives on the meta device; a bf16 run is on a GPU and runs the operators of a GPU.
 
     Raises ValueError for an alignment that does not fit the model.
@@ -58,12 +59,12 @@ def plan(model: nn.Module, config: Config, precision: str) -> Plan:
     aligned = alignment_flops(model, config)
     if precision == "bf16":
         with gpu_bodies():
-            activation_bytes = saved_bytes(model.bfloat16(), config.data.image_size)
+            activation_bytes = saved_bytes(model.bfloat16())
     else:
-        activation_bytes = saved_bytes(model, config.data.image_size)
+        activation_bytes = saved_bytes(model)
     return Plan(
         parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        flops=forward_flops(model, config.data.image_size),
+        flops=forward_flops(model),
         activation_bytes=activation_bytes,
         weight_bytes=2 if precision == "bf16" else 4,
         averages=len(config.optimizer.ema),
@@ -71,7 +72,7 @@ def plan(model: nn.Module, config: Config, precision: str) -> Plan:
     )
 
 
-def alignment_flops(model: nn.Module, config: Config) -> tuple[int, int] | None:
+def alignment_flops(model: BaseSystem, config: Config) -> tuple[int, int] | None:
     """Forward FLOPs of an image, of the teacher and of the projector, on the meta device; None without alignment."""
     size, meta = config.data.image_size, torch.device("meta")
     config = replace(config, alignment=replace(config.alignment, cache=None, compile=False))
@@ -109,17 +110,13 @@ class Allocations(TorchDispatchMode):
         return sum(size for storage, size in self.storages.values() if not storage.expired())
 
 
-def saved_bytes(model: nn.Module, image_size: int, batch: int = 2) -> int:
+def saved_bytes(model: BaseSystem, batch: int = 2) -> int:
     """Bytes per image that live from forward to backward: those of a forward pass on meta whose output is dropped.
 
     Parameters and buffers are not counted; what a recomputed block keeps is.
     """
-    dtype = next(model.parameters()).dtype
-    t, y = torch.empty(batch, device="meta"), torch.zeros(batch, dtype=torch.int64, device="meta")
-    with Allocations([t, y, *model.parameters(), *model.buffers()]) as allocations:
-        z = torch.empty(batch, 3, image_size, image_size, device="meta", dtype=dtype)
-        graph = model(z, t, y).grad_fn
-        del z
+    with Allocations([*model.parameters(), *model.buffers()]) as allocations:
+        graph = model.trial(batch).grad_fn
     assert graph is not None
     return allocations.alive() // batch
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pixelgen_fast.data import Batch
-from pixelgen_fast.engine.objective import FlowMatching
+from pixelgen_fast.engine.objective import TrainingObjective
 
 
 class Engine(Protocol):
@@ -22,7 +22,7 @@ class Engine(Protocol):
 
 def training_step(
     engine: Engine,
-    objective: FlowMatching,
+    objective: TrainingObjective,
     batches: Sequence[Batch],
     first_numbers: Sequence[int],
     at: Callable[[str], object] = lambda part: None,

@@ -10,7 +10,7 @@ import torch
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast.errors import InputError
-from pixelgen_fast.models.system import Settings, System
+from pixelgen_fast.models.system import BaseSystem, Settings
 
 
 def systems() -> list[str]:
@@ -31,7 +31,7 @@ def model_schema(name: str) -> type[Settings]:
     return system_module(name).Settings
 
 
-def build_model(config: cfg.Config, num_classes: int) -> System:
+def build_model(config: cfg.Config, num_classes: int) -> BaseSystem:
     """A fresh model, its weights a function of run.seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)

@@ -17,7 +17,7 @@ from pixelgen_fast.config import Sampling
 from pixelgen_fast.diffusion.solver import sample, to_uint8
 from pixelgen_fast.dino.kept import with_kept_dino
 from pixelgen_fast.models import build_model, model_schema
-from pixelgen_fast.models.system import System
+from pixelgen_fast.models.system import BaseSystem, SequentialSystem
 from pixelgen_fast.runs.checkpoint import RUN, CheckpointError, ema_key, find, read_state, read_weights
 from pixelgen_fast.runs.export import GeneratorError, read_exported
 from pixelgen_fast.runs.folder import ABOUT, CHECKPOINTS, MODEL_PREFIX, names_a_folder
@@ -30,7 +30,7 @@ _LARGEST_TABLES = 2**32
 class Generator:
     """A model in evaluation mode, the configuration it was trained with, and the names of its classes."""
 
-    model: nn.Module
+    model: BaseSystem
     config: cfg.Config
     classes: list[str]
     weights: str
@@ -73,18 +73,21 @@ class Generator:
         self, numbers: Tensor, labels: Tensor, before_pass: Callable[[], object], settings: dict[str, Any]
     ) -> Tensor:
         """Samples of these numbers [n] and labels [n], float32 [n, 3, S, S] on the model's device."""
-        o, size = self.config.objective, self.config.data.image_size
-        like = next(self.model.parameters())
+        o, like = self.config.objective, next(self.model.parameters())
+        if isinstance(self.model, SequentialSystem):
+            drawn = (labels.to(like.device), numbers.to(like.device))
+            with torch.no_grad():
+                return self.model.draw(*drawn, Sampling(**settings), o, before_pass)
 
         def network(z: Tensor, t: Tensor, y: Tensor) -> Tensor:
             before_pass()
             return self.model(z.to(like.dtype), t, y)
 
-        return sample(
+        x = sample(
             network,
             numbers,
             labels,
-            shape=(3, size, size),
+            shape=self.model.sample_shape,
             predict=o.predict,
             noise_scale=o.noise_scale,
             t_eps=o.t_eps,
@@ -92,6 +95,8 @@ class Generator:
             device=like.device,
             **settings,
         )
+        with torch.no_grad():
+            return self.model.decode(x)
 
     def _check_labels(self, labels: Tensor) -> None:
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
@@ -135,7 +140,7 @@ def load(path: str | Path, weights: str | None = None, device: torch.device | st
     return Generator(model.to(device, dtype).eval(), config, about["classes"], about["weights"], about["nimg"])
 
 
-def load_for_other_classes(model: System, state: dict[str, Tensor], origin: str) -> str:
+def load_for_other_classes(model: BaseSystem, state: dict[str, Tensor], origin: str) -> str:
     """Copy weights into a model that may have other classes. Returns what to say of it; nothing where they are as many.
 
     The table of other classes begins as the model's own, but for the row of no class, which guidance needs.

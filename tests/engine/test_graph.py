@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from pixelgen_fast import config as cfg
+from pixelgen_fast.diffusion.path import to_unit
 from pixelgen_fast.engine import graph
 from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.models import deco, jit, pixeldit
@@ -90,6 +91,7 @@ class Reads(nn.Module):
 
     fuses_loss = draws = False
     grounding_drop = None
+    encode = staticmethod(to_unit)
 
     def forward(self, z: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return z * self.weight * float(t.sum())

@@ -6,6 +6,7 @@ from support.golden import relative
 from torch import nn
 
 from pixelgen_fast.config import Objective
+from pixelgen_fast.diffusion.path import to_unit
 from pixelgen_fast.engine.alignment import FeatureAlignment
 from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.models import pixeldit
@@ -18,6 +19,7 @@ class Opaque(nn.Module):
 
     fuses_loss = draws = False
     grounding_drop = None
+    encode = staticmethod(to_unit)
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -163,6 +165,7 @@ class Drawing(torch.nn.Module):
     """A generator that draws: dropout, and grounding which is handed to it."""
 
     draws, grounding_drop = True, 0.5
+    encode = staticmethod(to_unit)
 
     def __init__(self) -> None:
         super().__init__()
