@@ -43,6 +43,7 @@ def main(argv: list[str] | None = None) -> int:
             print(errors.stopped_line(str(stopped)), file=sys.stderr)
             code = REQUEUE
     launcher.leave(code)
+    processes.end_if_a_thread_waits(code)
     return code
 
 

@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
+import threading
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from pixelgen_fast.errors import InputError
 
 NAMES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+WAITS_OUTSIDE = "waits outside of Python"  # name of the threads that may
 
 
 def join(environment: MutableMapping[str, str]) -> str:
@@ -80,3 +83,15 @@ def _join_slurm(environment: MutableMapping[str, str]) -> str:
     # another port for each job, since jobs may share a machine
     environment.setdefault("MASTER_PORT", str(20_000 + int(environment.get("SLURM_JOB_ID", "0")) % 20_000))
     return f"the {tasks} tasks of srun (SLURM_STEP_NUM_TASKS) are the ranks of one run"
+
+
+def end_if_a_thread_waits(code: int) -> None:
+    """End this process at once where a thread of it still waits in a library, for a store that does not answer.
+
+    Python ends such a thread when it comes back while the interpreter is taken down, and C++ then aborts the process,
+    whose exit code is lost.
+    """
+    if any(thread.name == WAITS_OUTSIDE for thread in threading.enumerate()):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
+        os._exit(code)

@@ -1,6 +1,8 @@
 """Which process of a run this one is."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -64,3 +66,25 @@ def test_a_rank_lives_on_its_launcher_and_a_run_of_one_process_on_nobody() -> No
     family = lineage({"CROSS_RANK": "0"})  # deepspeed, its process on this machine, this process
     assert family[:2] == [os.getpid(), os.getppid()] and len(family) == 3
     assert not orphaned(family) and orphaned([os.getpid(), os.getpid()])
+
+
+WAITING = """
+import sys, threading, time
+from pixelgen_fast import processes
+def wait(): time.sleep(60)
+threading.Thread(target=wait, name=processes.WAITS_OUTSIDE if sys.argv[1] == "outside" else "own").start()
+print("said", end="")
+processes.end_if_a_thread_waits(75)
+"""
+
+
+@pytest.mark.parametrize("who", ["outside", "own"])
+def test_a_thread_that_waits_for_a_store_takes_no_exit_code_away(who: str) -> None:
+    process = subprocess.Popen([sys.executable, "-c", WAITING, who], stdout=subprocess.PIPE, text=True)
+    if who == "outside":
+        assert process.communicate(timeout=50)[0] == "said" and process.returncode == 75
+    else:
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+    process.kill()
+    process.communicate()

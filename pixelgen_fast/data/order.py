@@ -25,6 +25,9 @@ import numpy as np
 
 from pixelgen_fast.errors import InputError
 
+# what a checkpoint keeps of the rule; another rule has another name
+RULE = "Feistel network, 24 rounds of SplitMix64, keys of Philox"
+
 _ROUNDS = 24
 _SUBSTITUTES = 2**63
 _TRIED_AT_ONCE = 16

@@ -30,12 +30,13 @@ import torch.distributed as dist
 from pixelgen_fast import errors, launcher
 from pixelgen_fast.engine.group import meet
 from pixelgen_fast.engine.roll import START, Beat, Roll
-from pixelgen_fast.processes import lineage, orphaned
+from pixelgen_fast.processes import WAITS_OUTSIDE, lineage, orphaned
 from pixelgen_fast.signals import Stopped, StopRequest
 
 BEATS = 60  # in `limit` seconds
 # steps that compile and measure, and may take long; afterwards a part of a step has this many times the longest so far
 FIRST_STEPS, SLOWER = 3, 20
+LEAVE = 5.0  # seconds for the last words
 
 
 class RankLost(errors.UserError, RuntimeError):
@@ -70,7 +71,7 @@ class Heartbeat:
         self.store = meet(START * self.limit)
         if self.world > 1:
             work.append(self._converse)
-        self._threads = [threading.Thread(target=function, daemon=True) for function in work]
+        self._threads = [threading.Thread(target=function, name=WAITS_OUTSIDE, daemon=True) for function in work]
         for thread in self._threads:
             thread.start()
         return self
@@ -89,7 +90,7 @@ class Heartbeat:
         self.beat = replace(self.beat, ended=found or words)
         self._ended.set()
         for thread in self._threads:
-            thread.join(timeout=self.interval)
+            thread.join(timeout=max(self.interval, LEAVE))
         if found:
             raise RankLost(found) from error
 

@@ -17,6 +17,7 @@ import torch
 from pixelgen_fast import config as cfg
 from pixelgen_fast import errors
 from pixelgen_fast.data.dali import Loader
+from pixelgen_fast.data.order import RULE
 from pixelgen_fast.dino.kept import keep_dino
 from pixelgen_fast.engine.assemble import assemble
 from pixelgen_fast.engine.collectives import any_rank
@@ -252,7 +253,7 @@ class Trainer:
 
     def _data(self) -> dict[str, Any]:
         """What a checkpoint keeps of the data, to be compared on resuming."""
-        return {"images": len(self.parts.index), "fingerprint": self.parts.index.fingerprint}
+        return {"images": len(self.parts.index), "fingerprint": self.parts.index.fingerprint, "order": RULE}
 
     def _resume(self) -> None:
         """Restore the newest valid checkpoint of run.resume or run.dir and say what came back."""
@@ -297,8 +298,8 @@ class Trainer:
             )
             for key, change in changed.items():
                 print(f"  {key} has changed: {change}")
-            if text := data_change(state.get("data"), self._data()):
-                print(f"  {text}")
+            for text in data_changes(state.get("data"), self._data()):
+                print(f"  {text}; image numbers mean other images than before")
 
     def _check_folder(self) -> None:
         """Refuse to start a run that cannot write its folder, or whose checkpoints will not fit."""
@@ -337,13 +338,19 @@ def crossed(nimg: int, batch: int, interval: int) -> bool:
     return interval > 0 and nimg // interval > (nimg - batch) // interval
 
 
-def data_change(old: Any, new: dict[str, Any]) -> str:
-    """What to say of data that are not those of the checkpoint; nothing where they are, or where it does not tell."""
-    if not isinstance(old, dict) or not isinstance(old.get("images"), int) or old == new:
-        return ""
-    counts = f"{old['images']:,} images -> {new['images']:,}"
-    what = counts if old["images"] != new["images"] else f"{new['images']:,} images as before, with others among them"
-    return f"the data have changed: {what}; image numbers mean other images than before"
+def data_changes(old: Any, new: dict[str, Any]) -> list[str]:
+    """What to say of data, or an order, that are not those of the checkpoint, where it tells."""
+    if not isinstance(old, dict) or not isinstance(old.get("images"), int):
+        return []
+    changes = []
+    if old["images"] != new["images"]:
+        changes.append(f"the data have changed: {old['images']:,} images -> {new['images']:,}")
+    elif old.get("fingerprint") != new["fingerprint"]:
+        changes.append(f"the data have changed: {new['images']:,} images as before, with others among them")
+    if old.get("order") != new["order"]:
+        before = old.get("order", "an earlier version's, which it does not name")
+        changes.append(f"the order of the images has changed: {before} -> {new['order']}")
+    return changes
 
 
 def averages(config: dict[str, Any], path: Path) -> set[float]:

@@ -22,6 +22,7 @@ from support.runs import DIGITS, fill_disk, newest, train
 from support.spoiled import Spoiled
 
 from pixelgen_fast.cli import main
+from pixelgen_fast.engine.trainer import data_changes
 from pixelgen_fast.runs import draw
 from pixelgen_fast.runs.checkpoint import checkpoints, read_state, read_weights
 from pixelgen_fast.runs.owner import OWNER, Owner
@@ -290,3 +291,24 @@ def test_own_images_of_every_kind(tmp_path: Path, capfd: pytest.CaptureFixture) 
     assert main(["data", "pack", str(root), str(tmp_path / "packed"), "--size", "64", "--upright"]) == 0
     packed = [f"data.root={tmp_path / 'packed'}", f"run.dir={tmp_path / 'run3'}"]
     assert main(["train", config, *packed, *small]) == 0
+
+
+NOW = {"images": 8, "fingerprint": "b", "order": "a rule"}
+
+
+@pytest.mark.parametrize(
+    ("old", "said"),
+    [
+        (NOW, []),
+        (None, []),
+        ({**NOW, "images": 7, "fingerprint": "a"}, ["the data have changed: 7 images -> 8"]),
+        ({**NOW, "fingerprint": "a"}, ["the data have changed: 8 images as before, with others among them"]),
+        ({**NOW, "order": "another"}, ["the order of the images has changed: another -> a rule"]),
+        (
+            {"images": 8, "fingerprint": "b"},
+            ["the order of the images has changed: an earlier version's, which it does not name -> a rule"],
+        ),
+    ],
+)
+def test_other_data_and_another_order_are_named(old: dict | None, said: list[str]) -> None:
+    assert data_changes(old, NOW) == said
