@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import secrets
 import time
 from contextlib import nullcontext, suppress
@@ -195,9 +196,13 @@ def _drop_rows_after(path: Path, nimg: int) -> None:
     """A resumed run repeats what came after its checkpoint; rows of the first time would show twice."""
     if not path.exists():
         return
-    rows = [line for line in path.read_bytes().split(b"\n") if _row_nimg(line) <= nimg]
-    with replaced(path) as work:
-        work.write_bytes(b"".join(row + b"\n" for row in rows))
+    whole = path.read_bytes()
+    rows = b"".join(row + b"\n" for row in whole.split(b"\n") if _row_nimg(row) <= nimg)
+    if whole.startswith(rows):
+        os.truncate(path, len(rows))  # a full disk allows that
+    else:
+        with replaced(path) as work:
+            work.write_bytes(rows)
 
 
 def _row_nimg(line: bytes) -> float:

@@ -34,11 +34,15 @@ class Report:
     """The reporting of one process; only rank 0 writes.
 
     nimg: image at which the run starts or goes on. returns: how often it has gone back to a checkpoint by itself.
+    before: of this process, when it goes back; what the run is has been said then.
     """
 
-    def __init__(self, parts: Parts, nimg: int, returns: int = 0) -> None:
+    def __init__(self, parts: Parts, nimg: int, returns: int = 0, before: Report | None = None) -> None:
         self.parts, self.returns = parts, returns
-        self.peak = self._describe() if parts.rank == 0 else float("nan")
+        if before is not None:
+            self.peak = before.peak
+        else:
+            self.peak = self._describe() if parts.rank == 0 else float("nan")
         self.metrics = Metrics(parts.folder, parts.rank, nimg, parts.total, parts.config)
         self.losses = torch.zeros(2 + len(parts.objective.columns), device=parts.device)
         self.drawer: Generator | None = None
@@ -153,7 +157,7 @@ class Report:
         """Write a picture. One that cannot be written is said to be missing, costs nothing else, and is tried again."""
         try:
             write()
-        except (OSError, ValueError) as error:
+        except Exception as error:  # libraries that draw, or lack a part of theirs, have errors of many kinds
             if path not in self.unwritten:
                 self.say(f"{path} is missing, the run goes on: {error}")
             self.unwritten[path] = write

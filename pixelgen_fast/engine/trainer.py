@@ -82,9 +82,9 @@ class Trainer:
     def _say(self, text: str) -> None:
         self.report.say(text)
 
-    def _begin(self) -> None:
-        """What counts from the present image on."""
-        self.report = Report(self.parts, self.nimg, self.returns)
+    def _begin(self, before: Report | None = None) -> None:
+        """What counts from the present image on. before: the report up to a return."""
+        self.report = Report(self.parts, self.nimg, self.returns, before)
         self.order = self.parts.order(self.nimg)
         self.loader = Loader(self.parts.index, self.order, self.config.data, self.parts.device, asked=self._asked)
         self.feed = Feed(self.loader, self.order)
@@ -206,7 +206,7 @@ class Trainer:
         self.keeper.resume(path, self.nimg, state.get("health"), proven=True)
         self.returns += 1
         self.report.close()
-        self._begin()
+        self._begin(self.report)
         self.report.say(
             f"bad steps up to image {failed:,}: returned to {path}, return {self.returns} of "
             f"{self.config.train.returns}; the learning rate is {self.config.train.return_lr**self.returns:g} times "

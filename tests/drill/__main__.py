@@ -19,7 +19,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, given, seed, settings
 from tqdm import tqdm
 
-from tests.drill import faults
+from tests.drill import faults, run
 from tests.drill.inputs import KINDS, Kind, verdict
 
 
@@ -39,12 +39,12 @@ def main() -> int:
 def inject(count: int, seed_: int, jobs: int, only: str | None) -> int:
     """Faults, drawn by their weights; returns how many were not survived."""
     place = Path(tempfile.mkdtemp(prefix="drill_"))
-    plain = faults.Run(place / "undisturbed")
+    plain = run.Run(place / "undisturbed")
     plain.end(plain.start(), 0)
-    undisturbed = faults.weights(plain)
+    undisturbed = run.weights(plain)
     rng = random.Random(seed_)
     names = [name for name in faults.FAULTS if only is None or only in name]
-    drawn = rng.choices(names, [faults.FAULTS[name][1] for name in names], k=count)
+    drawn = rng.choices(names, [faults.FAULTS[name].weight for name in names], k=count)
     table: dict[str, Counter[str]] = defaultdict(Counter)
     stories = []
     with ThreadPoolExecutor(jobs) as pool, tqdm(total=count, unit="fault", disable=None) as bar:

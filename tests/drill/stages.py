@@ -1,9 +1,10 @@
-"""Death in a stage of a checkpoint: what a process does next on the disk when it dies by SIGKILL."""
+"""What is planted into a process before its command begins: death in a stage of a checkpoint, a clock that jumps."""
 
 from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,3 +58,14 @@ def plant(stage: str, count: int) -> None:
         names = {"prepare": "_prepare", "shard": "write_shards", "state": "seal", "manifest": "write_manifest"}
         name = names.get(stage, "_prune")
         setattr(checkpoint, name, at(count, die, getattr(checkpoint, name)))
+
+
+def plant_clock(first: float, second: float) -> None:
+    """Move this process's wall clock by `first` seconds after a second, and by `second` more after another one."""
+    real, begin = time.time, time.monotonic()
+
+    def jumping() -> float:
+        seconds = time.monotonic() - begin
+        return real() + (first if seconds > 1 else 0) + (second if seconds > 2 else 0)
+
+    time.time = jumping

@@ -9,7 +9,7 @@ from support.engines import Memory, same
 
 from pixelgen_fast.runs import checkpoint
 from tests.drill import __main__ as drill
-from tests.drill import faults, stages
+from tests.drill import faults, run, stages
 
 PATCHED = ("write_shards", "seal", "write_manifest", "_prepare", "_prune", "os")
 
@@ -57,8 +57,8 @@ def test_harm_to_the_newest_checkpoint_is_found(tmp_path: Path, seed: int) -> No
 def test_likes_and_unlikes_are_told_apart() -> None:
     ones = np.ones(3, np.float32)
     a, b = {"w": ones}, {"w": ones + 1e-6}
-    assert not faults.apart(a, {"w": ones.copy()}, 0.0) and not faults.apart(b, a, 1e-5)
-    assert faults.apart(b, a, 0.0) == faults.apart({}, a, 1e-5) == faults.apart({"w": 2 * ones}, a, 1e-5) == ["w"]
+    assert not run.apart(a, {"w": ones.copy()}, 0.0) and not run.apart(b, a, 1e-5)
+    assert run.apart(b, a, 0.0) == run.apart({}, a, 1e-5) == run.apart({"w": 2 * ones}, a, 1e-5) == ["w"]
 
 
 def test_a_fault_that_is_not_survived_is_counted_and_told(
@@ -69,8 +69,8 @@ def test_a_fault_that_is_not_survived_is_counted_and_told(
         def start(self) -> None: ...
         def end(self, process: None, *codes: int) -> None: ...
 
-    monkeypatch.setattr(faults, "Run", Plain)
-    monkeypatch.setattr(faults, "weights", lambda run: {})
+    monkeypatch.setattr(run, "Run", Plain)
+    monkeypatch.setattr(run, "weights", lambda *_: {})
     monkeypatch.setattr(faults, "outcome", lambda name, seed, *_: "lost: a reason" if seed % 4 == 0 else "survived")
     assert drill.inject(8, 3, 1, "half a row") == 2
     out = capsys.readouterr().out

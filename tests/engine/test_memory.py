@@ -3,6 +3,9 @@
 import resource
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 from pixelgen_fast.engine.memory import available_memory
 
@@ -35,3 +38,30 @@ def test_a_large_tensor_is_made_again_without_new_pages():
 
 def test_the_host_says_what_it_has():
     assert 2**20 < available_memory() < 2**50
+
+
+@pytest.mark.parametrize(
+    ("line", "files", "left"),
+    [
+        ("0::/", {}, 800 * 1024),
+        ("0::/job", {"job/memory.max": "max", "job/memory.current": "1"}, 800 * 1024),
+        ("0::/job/step", {"job/memory.max": "5000", "job/memory.current": "4000",
+                          "job/memory.stat": "inactive_file 300"}, 1300),
+        (
+            "4:memory:/job",
+            {
+                "memory/job/memory.limit_in_bytes": "5000",
+                "memory/job/memory.usage_in_bytes": "6000",
+                "memory/job/memory.stat": "cache 9",
+            },
+            0,
+        ),
+    ],
+)  # fmt: skip
+def test_a_container_has_what_its_group_leaves(tmp_path: Path, line: str, files: dict[str, str], left: int) -> None:
+    files = {f"sys/fs/cgroup/{name}": text for name, text in files.items()}
+    files |= {"proc/self/cgroup": line + "\n", "proc/meminfo": "MemTotal: 900 kB\nMemAvailable: 800 kB\n"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert available_memory(tmp_path) == left

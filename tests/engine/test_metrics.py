@@ -94,3 +94,28 @@ def test_rows_behind_the_checkpoint_and_broken_ones_are_dropped(tmp_path: Path, 
     folder.metrics.write_bytes(WHOLE + behind)
     Metrics(folder, 0, 32, 64, cfg.Config()).close()
     assert folder.metrics.read_bytes() == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("there", "left"),
+    [
+        (b'{"nimg": 16}\n{"nimg": 32}\n{"nimg": 48}\n', b'{"nimg": 16}\n{"nimg": 32}\n'),
+        (b'{"nimg": 16}\n{"nimg": 3', b'{"nimg": 16}\n'),
+        (b'{"nimg": 16}\n{"nimg": 32}', b'{"nimg": 16}\n{"nimg": 32}\n'),
+        (b'{"nimg": 16}\nnot a row\n{"nimg": 32}\n', b'{"nimg": 16}\n{"nimg": 32}\n'),
+    ],
+)
+def test_rows_after_the_checkpoint_are_dropped(tmp_path: Path, there: bytes, left: bytes) -> None:
+    (tmp_path / "metrics.jsonl").write_bytes(there)
+    Metrics(RunFolder(tmp_path), 0, 32, 64).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == left
+
+
+def test_a_full_disk_keeps_no_run_from_going_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"nimg": 16}\n{"nimg": 32}\n')
+    monkeypatch.setattr("pixelgen_fast.engine.metrics.replaced", no_room)
+    Metrics(RunFolder(tmp_path), 0, 16, 64).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"nimg": 16}\n'

@@ -96,15 +96,16 @@ def test_what_was_sampled_before_a_signal_stays(
     assert [Image.open(p).size for p in out.glob("3/*.png")] == [(16, 16)] * 4
 
 
-def test_a_picture_without_room_is_written_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ImportError("no font library")])
+def test_a_picture_that_cannot_be_written_is_written_later(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     save_grid, refused = report.save_grid, []
 
     def no_room_at_first(images: np.ndarray, path: Path, **layout: object) -> None:
         if not refused:
             refused.append(path)
-            raise OSError(28, "No space left on device")
+            raise error
         save_grid(images, path, **layout)
 
     monkeypatch.setattr(report, "save_grid", no_room_at_first)
