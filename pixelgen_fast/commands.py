@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -119,9 +120,12 @@ def _evaluate(args: argparse.Namespace, team: Team) -> None:
     if not digits:
         team.first(lambda: _check_reference(args, loaded.config.data.image_size))
     settings = {name: getattr(loaded.config.sample, name) for name in _SAMPLING} | changes
+    begin = time.perf_counter()
     images = team.collect(loaded.batches(labels, **team.drawing(), **changes), count, settings["batch"])
     if images is None:
         return
+    seconds, device = time.perf_counter() - begin, str(next(loaded.model.parameters()).device)
+    drawing = {"seconds": seconds, "processes": team.world, "device": device}
     report = _judge(images, labels, digits, args)
     del settings["batch"]  # the images do not depend on it
     settings |= {"weights": loaded.weights, "nimg": loaded.nimg}
@@ -129,7 +133,8 @@ def _evaluate(args: argparse.Namespace, team: Team) -> None:
     print("\n".join(report.lines()))
     out = Path(args.out).expanduser() if args.out else RunFolder(Path(args.run)).evaluation
     with replaced(out) as work:
-        work.write_text(json.dumps({"settings": settings, "report": report.as_dict()}, indent=2) + "\n")
+        found = {"settings": settings, "drawing": drawing, "report": report.as_dict()}
+        work.write_text(json.dumps(found, indent=2) + "\n")
 
 
 def _check_reference(args: argparse.Namespace, size: int) -> None:

@@ -1,4 +1,5 @@
-"""Runs a comparison: the teacher, then every variant with every seed, each trained and judged by the usual commands.
+"""Runs a comparison: the teacher, the decoder, then every variant with every seed, each trained and judged by the usual
+commands, at every checkpoint that it keeps.
 
 Seeds come outermost, so that a comparison that is stopped holds every variant equally often. A run that has been judged
 is not made again; one that was stopped goes on. Each run is a process of its own, so none inherits another's state.
@@ -11,15 +12,26 @@ import sys
 from pathlib import Path
 from typing import IO
 
+from omegaconf import OmegaConf
 from pixelgen_kernels.bodies import choose_body
 from tqdm import tqdm
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast import errors
 from pixelgen_fast.compare.page import write_page
-from pixelgen_fast.compare.schema import Compare, run_config, run_folder, teacher_folder
+from pixelgen_fast.compare.schema import (
+    JUDGED,
+    PREPARED,
+    Compare,
+    fill,
+    places,
+    prepared_folder,
+    run_config,
+    run_folder,
+)
 from pixelgen_fast.engine.assemble import resolve_device
 from pixelgen_fast.errors import UserError
+from pixelgen_fast.runs.checkpoint import checkpoints
 from pixelgen_fast.runs.folder import RunFolder
 from pixelgen_fast.signals import REQUEUE, StopRequest
 
@@ -38,25 +50,52 @@ def run(compare: Compare) -> Path | None:
         device, _ = resolve_device(run_config(compare, variant, compare.seeds[0]))
         choose_body(device.type)
     errors.begin()
-    if compare.teacher and not (teacher_folder(compare) / "teacher").exists():
-        arguments = ["teacher", compare.teacher, f"run.dir={teacher_folder(compare)}"]
-        if not _command(arguments, Path(compare.dir) / "teacher.log"):
+    for what in PREPARED:
+        if not _prepare(compare, what):
             return None
     pairs = [(variant, seed) for seed in compare.seeds for variant in compare.variants]
     bar = tqdm(pairs, desc="compare", unit="run")
     for variant, seed in bar:
         bar.set_postfix_str(f"{variant}, seed {seed}")
-        folder = run_folder(compare, variant, seed)
-        if RunFolder(folder).evaluation.is_file():
-            continue
-        folder.mkdir(parents=True, exist_ok=True)
-        file = folder / "compare.yaml"
-        file.write_text(cfg.to_yaml(run_config(compare, variant, seed)))
-        if not _command(["train", str(file)], folder / "train.log"):
-            return None
-        if not _command(["evaluate", str(folder), "--samples", str(compare.samples)], folder / "evaluate.log"):
+        if not _train_and_judge(compare, variant, seed):
             return None
     return write_page(compare)
+
+
+def _prepare(compare: Compare, what: str) -> bool:
+    """Train the teacher or the decoder, where there is one and it is not there; False when a signal stopped it."""
+    file, folder = getattr(compare, what), prepared_folder(compare, what)
+    if file is None or (folder / what).exists():
+        return True
+    values = fill(OmegaConf.to_container(OmegaConf.load(file)), places(compare))
+    own = Path(compare.dir) / f"{what}.yaml"
+    own.parent.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(OmegaConf.create(values), own)
+    return _command([what, str(own), f"run.dir={folder}"], Path(compare.dir) / f"{what}.log")
+
+
+def _train_and_judge(compare: Compare, variant: str, seed: int) -> bool:
+    """One run, unless it has been judged; False when a signal stopped it."""
+    folder = run_folder(compare, variant, seed)
+    if RunFolder(folder).evaluation.is_file():
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "compare.yaml"
+    file.write_text(cfg.to_yaml(run_config(compare, variant, seed)))
+    if not _command(["train", str(file)], folder / "train.log"):
+        return False
+    *earlier, _ = sorted(int(path.name) for path in checkpoints(RunFolder(folder).checkpoints))
+    for nimg in earlier:
+        out = folder / JUDGED / f"{nimg}.json"
+        out.parent.mkdir(exist_ok=True)
+        if not out.is_file() and not _judge(compare, RunFolder(folder).checkpoints / f"{nimg:012d}", folder, out):
+            return False
+    return _judge(compare, folder, folder, RunFolder(folder).evaluation)
+
+
+def _judge(compare: Compare, run: Path, folder: Path, out: Path) -> bool:
+    command = ["evaluate", str(run), "--samples", str(compare.samples), "--out", str(out)]
+    return _command(command, folder / "evaluate.log")
 
 
 def _finished(command: list[str], out: IO[str]) -> int:

@@ -1,12 +1,16 @@
-"""What a comparison runs: one base configuration, a teacher, seeds, and variants that change sections of the base.
+"""What a comparison runs: one base configuration, a teacher, a decoder, seeds, and variants that change the base.
 
 A section of a variant is merged into that of the base; a `model` that names a system replaces it. Text values may hold
-{teacher}, the folder of the teacher that the comparison trains first.
+{teacher} and {decoder}, the folders of what the comparison trains first.
+
+<dir>/<variant>/seed<n>/            the run, with judged/<nimg>.json of each checkpoint that was kept
+      teacher/teacher, decoder/decoder
 """
 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,6 +22,10 @@ from pixelgen_fast import config as cfg
 from pixelgen_fast.config import ConfigError
 from pixelgen_fast.models import model_schema
 from pixelgen_fast.overrides import merge, read_layers
+from pixelgen_fast.runs.folder import RunFolder
+
+PREPARED = ("teacher", "decoder")
+JUDGED = "judged"
 
 
 @dataclass
@@ -33,9 +41,11 @@ class Quick:
 class Compare:
     # where the runs, the teacher and the page go; the same folder again goes on
     dir: str = "runs/compare"
-    # the configuration that every variant starts from, and that of the teacher (null: no variant needs one)
+    # the configuration that every variant starts from, and those of the teacher and the decoder of latents (null: no
+    # variant needs one); the decoder's may name {teacher} too
     base: str = "configs/digits.yaml"
     teacher: str | None = None
+    decoder: str | None = None
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     # generated images that a run is judged by
     samples: int = 1000
@@ -61,6 +71,8 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, quick: bool = False
         raise ConfigError(f"{path}: two variants have the same letters and digits in their names; rename one")
     for name in compare.variants:
         run_config(compare, name, compare.seeds[0])
+        if lacking := [what for what in needs(compare, name) if getattr(compare, what) is None]:
+            raise ConfigError(f"{path}: variant {name!r} names {{{lacking[0]}}}, and `{lacking[0]}` names no file")
     return compare
 
 
@@ -73,15 +85,36 @@ def run_folder(compare: Compare, variant: str, seed: int) -> Path:
     return Path(compare.dir) / slug(variant) / f"seed{seed}"
 
 
-def teacher_folder(compare: Compare) -> Path:
-    """The run folder of the teacher; the teacher itself is its subfolder `teacher`."""
-    return Path(compare.dir) / "teacher"
+def prepared_folder(compare: Compare, what: str) -> Path:
+    """The run folder of the "teacher" or the "decoder"; what it made is its subfolder of the same name."""
+    return Path(compare.dir) / what
+
+
+def places(compare: Compare) -> dict[str, str]:
+    """What {teacher} and {decoder} stand for."""
+    return {what: str(prepared_folder(compare, what) / what) for what in PREPARED}
+
+
+def needs(compare: Compare, variant: str) -> tuple[str, ...]:
+    """What a variant's settings name of what is trained first; a decoder needs the teacher."""
+    text = str(compare.variants[variant])
+    named = {what for what in PREPARED if f"{{{what}}}" in text}
+    return tuple(what for what in PREPARED if what in named or ("decoder" in named and compare.teacher))
+
+
+def judgements(folder: Path) -> dict[int, Path]:
+    """The judgements of a run's checkpoints, by their images, the last that of its end."""
+    found = {int(path.stem): path for path in (folder / JUDGED).glob("*.json") if path.stem.isdecimal()}
+    whole = RunFolder(folder).evaluation
+    if whole.is_file():
+        found[json.loads(whole.read_text())["settings"]["nimg"]] = whole
+    return dict(sorted(found.items()))
 
 
 def run_config(compare: Compare, variant: str, seed: int) -> cfg.Config:
     """The configuration of one run. Raises ConfigError that names the variant."""
     base = OmegaConf.to_container(OmegaConf.load(compare.base))
-    sections = _fill(compare.variants[variant] or {}, str(teacher_folder(compare) / "teacher"))
+    sections = fill(compare.variants[variant] or {}, places(compare))
     if "system" in sections.get("model", {}):
         base.pop("model")
     own = {"run": {"dir": str(run_folder(compare, variant, seed)), "seed": seed}}
@@ -89,7 +122,12 @@ def run_config(compare: Compare, variant: str, seed: int) -> cfg.Config:
     return cfg.from_layers([(origin, OmegaConf.create(part)) for origin, part in layers], model_schema)
 
 
-def _fill(value: Any, teacher: str) -> Any:
+def fill(value: Any, names: dict[str, str]) -> Any:
+    """Settings in which text that holds {name} has what the name stands for."""
     if isinstance(value, dict):
-        return {key: _fill(part, teacher) for key, part in value.items()}
-    return value.replace("{teacher}", teacher) if isinstance(value, str) else copy.deepcopy(value)
+        return {key: fill(part, names) for key, part in value.items()}
+    if not isinstance(value, str):
+        return copy.deepcopy(value)
+    for name, text in names.items():
+        value = value.replace(f"{{{name}}}", text)
+    return value

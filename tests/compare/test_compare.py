@@ -12,8 +12,8 @@ import pytest
 
 from pixelgen_fast.cli import main
 from pixelgen_fast.compare import run, schema
-from pixelgen_fast.compare.page import read, versus
-from pixelgen_fast.compare.results import Spread, Variant
+from pixelgen_fast.compare.reading import Ground, read, versus
+from pixelgen_fast.compare.results import LATENTS, PIECES, PIXELS, Judged, Spread, Variant, seconds
 from pixelgen_fast.config import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +50,7 @@ def test_runs_once_and_writes_a_page_that_needs_no_other_file(config: Path, tmp_
     """Two variants, one seed; a second call makes no run again and finds what the first left."""
     assert main(["compare", str(config), "seeds=[1]"]) == 0
     page = (tmp_path / "out" / "page.html").read_text()
-    assert page.count("data:image/png;base64,") == 3  # the flow curves and two grids
+    assert page.count("data:image/png;base64,") == 4  # quality, the flow curves and two grids
     assert "One seed cannot tell a difference from chance." in page
     assert 'src="' in page and "http" not in page
     for name in ("plain", "with_frequencies"):
@@ -109,11 +109,22 @@ def test_a_run_that_fails_is_named_with_its_last_words(config: Path) -> None:
         run.run(compare)
 
 
-def variant(name: str, frechet: tuple[float, ...], alignment: tuple[float, ...] = (), parameters: int = 10) -> Variant:
-    same = Spread(tuple(1.0 for _ in frechet))
+REAL = Ground({"classifier_accuracy": 0.95, "frechet_real": 12.0}, {})
+
+
+def variant(
+    name: str, frechet: tuple[float, ...], alignment: tuple[float, ...] = (), parameters: int = 10, kind: str = PIXELS,
+    right: float = 1.0, took: float = 10.0, needs: tuple[str, ...] = (),
+) -> Variant:  # fmt: skip
+    def same(value: float) -> Spread:
+        return Spread(tuple(value for _ in frechet))
+
+    half = Judged(24, same(took / 2), same(right), Spread(tuple(2 * value for value in frechet)))
     return Variant(
-        name=name, folders=(), rows=(), accuracy=same, frechet=Spread(frechet), flow=same,
-        alignment=Spread(alignment), images_per_second=same, parameters=parameters,
+        name=name, kind=kind, needs=needs, folders=(), rows=(),
+        points=(half, Judged(48, same(took), same(right), Spread(frechet))), by_class={"0": 1.0, "1": right},
+        flow=same(1.0), alignment=Spread(alignment), images_per_second=same(1.0), draw_ms=same(2.0),
+        parameters=parameters,
     )  # fmt: skip
 
 
@@ -130,12 +141,42 @@ def test_a_difference_counts_when_every_seed_shows_it() -> None:
 def test_the_reading_says_when_a_lower_alignment_loss_has_worse_pixels() -> None:
     base = variant("Base", (20.0, 20.0))
     repa, student = variant("REPA", (18.0, 19.0), (0.5, 0.5)), variant("Student", (25.0, 26.0), (0.2, 0.2), 20)
-    helps, lower, cost = read([base, repa, student])
+    said = dict(read([base, repa, student], REAL))
+    (helps,), (lower,), (cost,) = (said[name] for name in (*said,)[-3:])
     assert "REPA against Base: Fréchet distance lower with every one of 2 seeds" in helps and "Student" not in helps
     assert "Student against REPA: alignment loss lower with every one of 2 seeds (0.200 against 0.500)" in lower
     assert "Fréchet distance higher with every one of 2 seeds (25.5 against 18.5)" in lower
     assert "right class lower with 0 and higher with 0 of 2 seeds" in lower
-    assert "Student 1.00 ± 0.00 times its time an image, 2.00 times its weights" in cost
+    assert "Student 1.00 ± 0.00 times its time an image in training, 1.00 ± 0.00 times in drawing, 2.00 times" in cost
+
+
+def test_the_reading_answers_by_what_was_judged() -> None:
+    ground = Ground(REAL.real, {"teacher": {"seconds": 5.0}, "decoder": {"seconds": 7.0, "frechet": 9.0, "share": 0.9}})
+    base = variant("Base", (20.0, 20.0), right=0.8)
+    quick = variant("Quick", (30.0, 31.0), took=4.0, parameters=20)
+    rae = variant("RAE", (15.0, 25.0), kind=LATENTS, needs=("teacher", "decoder"), parameters=30)
+    ar = variant("AR", (60.0, 61.0), kind=PIECES)
+    said = dict(read([base, quick, rae, ar], ground))
+    can, far, latent, pieces, *_ = said.values()
+    assert "Of 3 systems that generate pixels, 2 draw" in can[0] and "with every seed: Quick, AR." in can[0]
+    assert "lowest Fréchet distance is that of Base, 20.0 ± 0.0, the highest that of AR, 60.5 ± 0.5" in can[1]
+    assert "Base is wrong only at 1; Quick is never wrong" in can[2]
+    assert "after 24 images Base has the lowest, 40.0; after 48 images Base has the lowest, 20.0" in far[0]
+    assert "Quick is through first, in 4 s; what had been judged by then was best with Quick, 30.5 after 48" in far[1]
+    assert "no clear relation over 4 systems" in far[2]
+    assert (
+        "RAE against Base: Fréchet distance lower with 1 and higher with 1 of 2 seeds (20.0 against 20.0)" in latent[0]
+    )
+    assert "a Fréchet distance of 9.0 from the real ones, and the judge finds their class in 90.0%" in latent[2]
+    assert "RAE 22 s to train (teacher and decoder included) and 2.0 ± 0.0 ms to draw an image" in latent[3]
+    assert "AR against Base: Fréchet distance higher with every one of 2 seeds" in pieces[0] and "decoder" not in str(
+        pieces
+    )
+
+
+def test_seconds_of_training_are_those_of_its_rows() -> None:
+    rows = [{"nimg": 10, "images_per_second": 5.0}, {"nimg": 30, "images_per_second": 10.0}]
+    assert [seconds(rows, nimg) for nimg in (0, 10, 29, 30)] == [0, 2, 2, 4]
 
 
 def test_spread() -> None:
