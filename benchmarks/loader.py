@@ -29,7 +29,7 @@ from pixelgen_fast.data.encoded import decode
 from pixelgen_fast.data.image_index import ImageIndex
 from pixelgen_fast.data.index import open_index
 from pixelgen_fast.data.order import Order, position
-from pixelgen_fast.data.tools import pack
+from pixelgen_fast.data.pack import pack
 
 
 class PilImages(Dataset):

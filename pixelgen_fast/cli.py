@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from typing import get_args
 
 from pixelgen_fast import commands, errors, launcher, processes
@@ -155,24 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     compare.add_argument("--quick", action="store_true", help="the file's short version, to see every part run")
 
-    data = verbs.add_parser("data", help="Check or pack a data set.").add_subparsers(required=True, metavar="COMMAND")
-    scan = command(
-        "scan", commands.data_scan, "Decode every image and report classes, sizes and unreadable files.", data
-    )
-    scan.add_argument("root", help="data.root of a configuration")
-    scan.add_argument("--out", help="JSON file to write")
-    pack = command(
-        "pack", commands.data_pack, "Crop and resize a data set once, into a form that needs no decoding.", data
-    )
-    pack.add_argument("root", help="data.root of a configuration")
-    pack.add_argument("out", help="folder to write")
-    pack.add_argument("--size", type=int, default=256, help="pixels a side (default: 256)")
-    pack.add_argument(
-        "--crop", choices=("adm", "squash"), default="adm", help="centre crop, or squeeze the whole image"
-    )
-    pack.add_argument(
-        "--upright", action="store_true", help="turn images as their EXIF orientation says (ADM does not)"
-    )
+    _add_data_commands(verbs.add_parser("data", help="Check, pack or time a data set."), command)
 
     kernels = verbs.add_parser("kernels", help="Judge or prepare the kernels.")
     kernels = kernels.add_subparsers(required=True, metavar="COMMAND")
@@ -193,6 +177,35 @@ def _parser() -> argparse.ArgumentParser:
     warm.add_argument("config", help="YAML file")
     warm.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
     return parser
+
+
+def _add_data_commands(data: argparse.ArgumentParser, command: Callable[..., argparse.ArgumentParser]) -> None:
+    verbs = data.add_subparsers(required=True, metavar="COMMAND")
+    scan = command(
+        "scan",
+        commands.data_scan,
+        "Decode every image and report classes, sizes and unreadable files; compare a packed folder's checksums.",
+        verbs,
+    )
+    scan.add_argument("root", help="data.root of a configuration")
+    scan.add_argument("--out", help="JSON file to write")
+    pack = command(
+        "pack",
+        commands.data_pack,
+        "Crop and resize a data set once, into a form that needs no decoding; the same command goes on after a kill.",
+        verbs,
+    )
+    pack.add_argument("root", help="data.root of a configuration")
+    pack.add_argument("out", help="folder to write")
+    pack.add_argument("--size", type=int, default=256, help="pixels a side (default: 256)")
+    pack.add_argument(
+        "--crop", choices=("adm", "squash"), default="adm", help="centre crop, or squeeze the whole image"
+    )
+    pack.add_argument(
+        "--upright", action="store_true", help="turn images as their EXIF orientation says (ADM does not)"
+    )
+    for parser in (scan, pack):
+        parser.add_argument("--workers", type=int, help="processes (default: one for each core; 0: none beside this)")
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:

@@ -216,16 +216,16 @@ def compare(args: argparse.Namespace) -> int:
 
 
 def data_scan(args: argparse.Namespace) -> int:
-    from pixelgen_fast.data.tools import scan
+    from pixelgen_fast.data.scan import scan
 
-    print("\n".join(scan(args.root, out=args.out).lines()))
+    print("\n".join(scan(args.root, out=args.out, workers=args.workers).lines()))
     return 0
 
 
 def data_pack(args: argparse.Namespace) -> int:
-    from pixelgen_fast.data.tools import pack
+    from pixelgen_fast.data.pack import pack
 
-    print(pack(args.root, args.out, size=args.size, crop=args.crop, upright=args.upright))
+    print(pack(args.root, args.out, args.size, args.crop, upright=args.upright, workers=args.workers))
     return 0
 
 

@@ -19,10 +19,11 @@ from __future__ import annotations
 import io
 import os
 import re
+import struct
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image
 
 from pixelgen_fast.errors import InputError
 
@@ -83,6 +84,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether an image asks to be rotated or mirrored; one whose EXIF block cannot be read does not."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError, struct.error):
+        return False
 
 
 def as_ppm(image: Image.Image) -> bytes:

@@ -42,6 +42,14 @@ class ImageIndex(ABC):
         """The label of image i, 0 <= i < N."""
         return int(self.labels[i])
 
+    def damage(self, i: int, data: bytes) -> str | None:
+        """Why the bytes that `read` gave of image i are not those that were written; None where nothing says so."""
+        return None
+
+    def checked(self) -> str | None:
+        """What became of the checksums that are kept of the whole, in words; None where this kind keeps none."""
+        return None
+
     @abstractmethod
     def path(self, i: int) -> str:
         """Where image i is, for people to read."""

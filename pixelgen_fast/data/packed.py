@@ -1,6 +1,7 @@
 """The packed form of a data set: images of one size, decoded ahead of time, read at their place in one file.
 
     images.npy  uint8 [N, S, S, 3]      labels.npy  integers [N]      classes.json  the class names, a list
+    manifest.json, checksums.npy  see manifest.py; folders of earlier versions have none
 
 Images are read, not mapped: a file that shrinks under a run is an error with a name, where a map would end the process
 with SIGBUS.
@@ -11,12 +12,15 @@ from __future__ import annotations
 import json
 import math
 import tokenize
+import zlib
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from pixelgen_fast.data.encoded import ppm
 from pixelgen_fast.data.image_index import ImageIndex
+from pixelgen_fast.data.manifest import CHECKSUMS, Manifest
 from pixelgen_fast.data.storage import OpenFiles
 from pixelgen_fast.errors import InputError
 
@@ -36,9 +40,9 @@ class PackedIndex(ImageIndex):
         self._need = self._begin + math.prod(shape)
         if self._file.stat().st_size < self._need:
             raise self._cut_short(shape[0])
-        labels, classes = _labels(root / "labels.npy"), _classes(root / "classes.json")
-        if labels.shape != shape[:1] or shape[0] == 0:
-            raise InputError(f"{root} holds {shape[0]:,} images and {labels.size:,} labels: pack it again")
+        labels, classes = _integers(root / "labels.npy", shape[0]), _classes(root / "classes.json")
+        if not shape[0]:
+            raise InputError(f"{root} holds no images: pack it again")
         if labels.min() < 0 or labels.max() >= len(classes):
             raise InputError(f"{root}/labels.npy goes to {labels.max()}, classes.json has {len(classes)}: pack again")
         self._open = OpenFiles(1)
@@ -56,6 +60,24 @@ class PackedIndex(ImageIndex):
         if len(pixels) != length:
             raise self._cut_short(len(self))
         return ppm(self.size, self.size, pixels)
+
+    def damage(self, i: int, data: bytes) -> str | None:
+        if self._checksums is None or zlib.crc32(data[-self.size * self.size * 3 :]) == self._checksums[i]:
+            return None
+        return "its pixels are not those that were packed (CRC-32): copy the folder again, or pack it again"
+
+    def checked(self) -> str | None:
+        if (manifest := Manifest.read(self.root)) is None:
+            return "none: an earlier version packed this folder"
+        if names := manifest.differing(self.root):
+            return f"{', '.join(names)} differ from what was packed: copy the folder again, or pack it again"
+        return f"{', '.join(manifest.files)} are as packed; those of images are compared one by one"
+
+    @cached_property
+    def _checksums(self) -> np.ndarray | None:
+        """uint32 [N] where they are kept."""
+        path = self.root / CHECKSUMS
+        return _integers(path, len(self)) if path.exists() else None
 
     def _cut_short(self, images: int) -> InputError:
         return InputError(
@@ -77,14 +99,17 @@ def _header(path: Path) -> tuple[tuple[int, ...], np.dtype, int]:
         return shape, dtype, file.tell()
 
 
-def _labels(path: Path) -> np.ndarray:
+def _integers(path: Path, images: int) -> np.ndarray:
+    """The integers [images] of a file."""
     shape, dtype, begin = _header(path)
     if not np.issubdtype(dtype, np.integer):
         raise InputError(f"{path} must hold integers, got {dtype}: pack it again")
     need, there = begin + math.prod(shape) * dtype.itemsize, path.stat().st_size
     if there != need:
         raise InputError(f"{path} has {there:,} bytes, and its {list(shape)} numbers need {need:,}: pack it again")
-    return np.fromfile(path, dtype, offset=begin).reshape(shape)
+    if shape != (images,):
+        raise InputError(f"{path} holds {list(shape)} numbers of {images:,} images: pack it again")
+    return np.fromfile(path, dtype, offset=begin)
 
 
 def _classes(path: Path) -> list[str]:

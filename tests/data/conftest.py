@@ -27,3 +27,19 @@ def small_tree(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((12, 12, 3), 20 * k, dtype=np.uint8)).save(folder / f"{k:02d}.png")
     return root
+
+
+@pytest.fixture
+def mixed(tmp_path, make_photo):
+    """Two readable and two unreadable images in class a, one sideways in b."""
+    root = tmp_path / "mixed"
+    (root / "a").mkdir(parents=True)
+    (root / "b").mkdir()
+    Image.fromarray(make_photo(40, 60)).save(root / "a" / "1.png")
+    Image.fromarray(make_photo(300, 260, 1)).convert("L").save(root / "a" / "2.jpg")
+    (root / "a" / "3.jpg").write_bytes((root / "a" / "2.jpg").read_bytes()[:5000])
+    (root / "a" / "4.webp").write_bytes(b"")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(make_photo(49, 30, 2)).save(root / "b" / "5.webp", lossless=True, exif=exif)
+    return root

@@ -16,9 +16,10 @@ from pixelgen_fast.config import Data
 from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.data.index import open_index
 from pixelgen_fast.data.order import Order
+from pixelgen_fast.data.pack import pack
 from pixelgen_fast.data.parquet import ParquetIndex, _Kept
+from pixelgen_fast.data.scan import scan
 from pixelgen_fast.data.storage import DataAway, read_bytes
-from pixelgen_fast.data.tools import pack, scan
 
 STRUCT = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 

@@ -15,10 +15,11 @@ import pytest
 from pixelgen_fast.data.encoded import UnreadableImage
 from pixelgen_fast.data.index import open_index
 from pixelgen_fast.data.order import Order
+from pixelgen_fast.data.pack import pack
 from pixelgen_fast.data.readers import InProcess, Readers
+from pixelgen_fast.data.scan import scan
 from pixelgen_fast.data.source import Source
 from pixelgen_fast.data.storage import DataAway, OpenFiles, ResourceError, away, patiently, read_bytes
-from pixelgen_fast.data.tools import pack, scan
 
 
 @pytest.fixture

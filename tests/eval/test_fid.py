@@ -19,7 +19,7 @@ from torch_fidelity import register_feature_extractor
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from pixelgen_fast.data.crop import centre_crop
-from pixelgen_fast.data.tools import pack
+from pixelgen_fast.data.pack import pack
 from pixelgen_fast.eval.fid import INCEPTION, check_reference, evaluate_fid, write_statistics
 from pixelgen_fast.eval.frechet import frechet_distance
 
