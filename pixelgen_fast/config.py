@@ -58,6 +58,8 @@ class Data:
     image_size: int = above(0, default=256, most=16_384)
     # None: the number of classes that root has
     num_classes: int | None = at_least(1, default=None)
+    # classes in equal shares instead of images: those of small classes come more often, those of large ones less
+    class_balanced: bool = False
     flip: bool = False
     # adm: halve, bicubic, centre crop as published for ImageNet; none: images have the right size already
     crop: Crop = "adm"

@@ -56,12 +56,12 @@ class Loader:
     """Iterate over this rank's micro-batches without end: `for batch in Loader(...)` gives `Batch` on `device`.
 
     index: what `open_index` gives. order: which images, from where on; its seed also decides the flips. settings: the
-    section `data`: image_size S; crop "adm", or "none" for images that are S x S already (checked); flip; workers,
-    reader processes (0: read in this process, best for small images); threads of DALI; prefetch, micro-batches kept
-    ready; hw_decoder_load, the share of a batch for the hardware JPEG engines; wait_seconds, how long data that are
-    away are waited for; max_unreadable, the share of unreadable images that is borne. decoder: "cpu" or "mixed"
-    (NVIDIA's JPEG decoder; GPU only); None takes "mixed" on a GPU. asked: whether the run is asked to stop, which ends
-    waiting for data.
+    section `data`: image_size S; class_balanced, whether classes or images come equally often; crop "adm", or "none"
+    for images that are S x S already (checked); flip; workers, reader processes (0: read in this process, best for
+    small images); threads of DALI; prefetch, micro-batches kept ready; hw_decoder_load, the share of a batch for the
+    hardware JPEG engines; wait_seconds, how long data that are away are waited for; max_unreadable, the share of
+    unreadable images that is borne. decoder: "cpu" or "mixed" (NVIDIA's JPEG decoder; GPU only); None takes "mixed" on
+    a GPU. asked: whether the run is asked to stop, which ends waiting for data.
 
     wait_seconds: time the consumer spent waiting so far. replaced: path -> reason of every unreadable image met.
     Raises ValueError for sizes that do not divide, an unknown crop or decoder, or (while iterating, naming the file) an
@@ -86,7 +86,14 @@ class Loader:
         self.replaced: dict[str, str] = {}
         crop = "none" if index.size == settings.image_size else settings.crop
         halvings = _HALVINGS if crop == "adm" else 0
-        self._source = Source(index, order.seed, size=settings.image_size, crop=crop, halvings=halvings)
+        self._source = Source(
+            index,
+            order.seed,
+            size=settings.image_size,
+            crop=crop,
+            halvings=halvings,
+            class_balanced=settings.class_balanced,
+        )
         self._decode_settings = {
             "decoder": decoder, "hw_decoder_load": settings.hw_decoder_load, "to_gpu": self._on_gpu,
         }  # fmt: skip

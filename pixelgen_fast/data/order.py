@@ -11,8 +11,8 @@ with Arbitrary Finite Domains", 2002). With x = (L, R) as bit strings, round r o
 with SplitMix64's mix and gamma, and 64-bit keys that a Philox generator draws from (seed, epoch). So a run starts
 anywhere in the same time, at 100 million images as at 100, and keeps no table: 64 places take about 1 ms on one core.
 
-Readers, the loader, the trainer's random numbers and the cache of features all ask this file. It imports no torch, so
-that a reader process starts quickly.
+Readers, the loader, the trainer's random numbers and the cache of features all ask this file or sampler.py, whose order
+of balanced classes is made of the same permutations. It imports no torch, so that a reader process starts quickly.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pixelgen_fast.errors import InputError
 # what a checkpoint keeps of the rule; another rule has another name
 RULE = "Feistel network, 24 rounds of SplitMix64, keys of Philox"
 
-_ROUNDS = 24
+ROUNDS = 24
 _SUBSTITUTES = 2**63
 _TRIED_AT_ONCE = 16
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -102,29 +102,42 @@ def substitutes(seed: int, number: int, size: int) -> Iterator[int]:
 
     So what cannot be read falls to images all over the data set, others in every epoch, the same on every rank.
     """
-    keys = round_keys(seed, _SUBSTITUTES + number)
+    return tried(substitute_keys(seed, number), size)
+
+
+def substitute_keys(seed: int, number: int) -> tuple[int, ...]:
+    return round_keys(seed, _SUBSTITUTES + number)
+
+
+def tried(keys: tuple[int, ...], size: int) -> Iterator[int]:
+    """A permutation of [0, size), a few numbers at a time."""
     for begin in range(0, size, _TRIED_AT_ONCE):
         yield from permuted(keys, np.arange(begin, min(begin + _TRIED_AT_ONCE, size)), size).tolist()
 
 
-def permuted(keys: tuple[int, ...], places: np.ndarray, size: int) -> np.ndarray:
-    """Where a permutation of [0, size) takes `places`, int64 [n]; keys, one a round, choose the permutation."""
-    bits = max(1, (size - 1).bit_length())
+def permuted(keys: tuple[int, ...] | np.ndarray, places: np.ndarray, size: int | np.ndarray) -> np.ndarray:
+    """Where permutations take `places`, int64 [n]: one of [0, size), which keys, one a round, choose; or for each place
+    one of its own, with keys uint64 [rounds, n] and sizes int64 [n]."""
+    keys = np.asarray(keys, dtype=np.uint64).reshape(ROUNDS, -1)
+    sizes = np.broadcast_to(np.asarray(size, dtype=np.uint64), places.shape)
+    bits = np.maximum(1, np.frexp((sizes - np.uint64(1)).astype(np.float64))[1])  # of size - 1, exact below 2^53
     values = _feistel(keys, places.astype(np.uint64), bits)
-    while (outside := np.flatnonzero(values >= size)).size:
-        values[outside] = _feistel(keys, values[outside], bits)
+    while (outside := np.flatnonzero(values >= sizes)).size:
+        own = keys if keys.shape[1] == 1 else keys[:, outside]
+        values[outside] = _feistel(own, values[outside], bits[outside])
     return values.astype(np.int64)
 
 
-def _feistel(keys: tuple[int, ...], values: np.ndarray, bits: int) -> np.ndarray:
-    """A bijection of the numbers of `bits` bits, uint64 [n] to uint64 [n]."""
-    low_bits = bits // 2
-    widths = (np.uint64(2 ** (bits - low_bits) - 1), np.uint64(2**low_bits - 1))
-    halves = [values >> np.uint64(low_bits), values & widths[1]]
+def _feistel(keys: np.ndarray, values: np.ndarray, bits: np.ndarray) -> np.ndarray:
+    """Bijections of the numbers of `bits` bits, uint64 [n] to uint64 [n]; keys uint64 [rounds, n or 1], bits [n]."""
+    high_bits, low_bits = (part.astype(np.uint64) for part in (bits - bits // 2, bits // 2))
+    one = np.uint64(1)
+    widths = ((one << high_bits) - one, (one << low_bits) - one)
+    halves = [values >> low_bits, values & widths[1]]
     for r, key in enumerate(keys):
         changed, other = r % 2, 1 - r % 2
-        halves[changed] = halves[changed] ^ (_mix(halves[other] * _GAMMA + np.uint64(key)) & widths[changed])
-    return halves[0] << np.uint64(low_bits) | halves[1]
+        halves[changed] = halves[changed] ^ (_mix(halves[other] * _GAMMA + key) & widths[changed])
+    return halves[0] << low_bits | halves[1]
 
 
 def _mix(z: np.ndarray) -> np.ndarray:
@@ -139,7 +152,9 @@ def _keys(seed: int, epoch: int) -> tuple[int, ...]:
     return round_keys(seed, epoch)
 
 
-def round_keys(seed: int, counter: int) -> tuple[int, ...]:
-    """The keys of one permutation of a run. counter: 0 to 2^64 - 1; epochs count from 0, substitutes from 2^63."""
-    words = np.random.Philox(key=np.array([seed % 2**64, counter], dtype=np.uint64)).random_raw(_ROUNDS)
+def round_keys(seed: int, counter: int, stream: tuple[int, int] = (0, 0)) -> tuple[int, ...]:
+    """The keys of one permutation of a run. counter: 0 to 2^64 - 1; epochs count from 0, substitutes from 2^63; other
+    permutations have streams of their own, two such numbers."""
+    key = np.array([seed % 2**64, counter], dtype=np.uint64)
+    words = np.random.Philox(key=key, counter=np.array([0, 0, *stream], dtype=np.uint64)).random_raw(ROUNDS)
     return tuple(words.tolist())

@@ -1,6 +1,6 @@
 """Which encoded image stands at each place of a micro-batch, and how it is to be cropped; runs in reader processes.
 
-An item is the bytes, the index they were read from and the geometry of the crop: of the image that order.py names, or
+An item is the bytes, the index they were read from and the geometry of the crop: of the image that sampler.py names, or
 of the first readable one of its substitutes. Everything is a function of (seed, number) and of the files' contents.
 This module imports neither torch nor DALI, so that a reader process starts quickly.
 """
@@ -17,7 +17,7 @@ from PIL import Image
 from pixelgen_fast.data.crop import CropPlan, crop_plan
 from pixelgen_fast.data.encoded import UnreadableImage, as_ppm, decode, inspect
 from pixelgen_fast.data.image_index import ImageIndex
-from pixelgen_fast.data.order import positions, substitutes
+from pixelgen_fast.data.sampler import choose_sampler
 from pixelgen_fast.data.storage import read_bytes, shortage
 from pixelgen_fast.errors import InputError
 
@@ -39,15 +39,18 @@ class Item(NamedTuple):
 class Source:
     """Gives the items of image numbers. Picklable.
 
-    seed: of the run's order. crop: "adm" or "none". halvings: how many box halvings the pipeline performs; an image
-    that needs more arrives halved by PIL already.
+    seed, class_balanced: of the run's order. crop: "adm" or "none". halvings: how many box halvings the pipeline
+    performs; an image that needs more arrives halved by PIL already.
 
     bad: indexes known to be unreadable, never read; the loader adds to this set. found: index -> reason of images that
     turned out to be unreadable and are not in `bad`; whoever reads it clears it.
     """
 
-    def __init__(self, index: ImageIndex, seed: int, *, size: int, crop: str, halvings: int) -> None:
-        self.index, self.seed, self.size, self.crop, self.halvings = index, seed, size, crop, halvings
+    def __init__(
+        self, index: ImageIndex, seed: int, *, size: int, crop: str, halvings: int, class_balanced: bool = False
+    ) -> None:
+        self.index, self.size, self.crop, self.halvings = index, size, crop, halvings
+        self.sampler = choose_sampler(index, seed, class_balanced)
         self.bad: set[int] = set()
         self.found: dict[int, str] = {}
         self._kept: dict[int, Item] = {}
@@ -60,11 +63,11 @@ class Source:
         """The items of image numbers, in their order. Raises UnreadableImage when no image of the index can be read,
         and what `prepare` raises but for that."""
         numbers = [*numbers]
-        for number, index in zip(numbers, positions(self.seed, numbers, len(self.index)).tolist(), strict=True):
+        for number, index in zip(numbers, self.sampler.indexes(numbers).tolist(), strict=True):
             yield self._item(number, index)
 
     def _item(self, number: int, index: int) -> Item:
-        for i in chain([index], substitutes(self.seed, number, len(self.index))):
+        for i in chain([index], self.sampler.substitutes(number)):
             if i in self.bad:
                 continue
             if i in self._kept:

@@ -115,7 +115,15 @@ def build_alignment(
     else:
         assert index is not None
         d = config.data
-        targets = FeatureCache(a.cache, teacher, index, seed=config.run.seed, size=d.image_size, crop=d.crop)
+        targets = FeatureCache(
+            a.cache,
+            teacher,
+            index,
+            seed=config.run.seed,
+            size=d.image_size,
+            crop=d.crop,
+            class_balanced=d.class_balanced,
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
         return FeatureAlignment(

@@ -17,6 +17,7 @@ from pixelgen_fast import models
 from pixelgen_fast.data.image_index import ImageIndex
 from pixelgen_fast.data.order import Order
 from pixelgen_fast.data.roots import open_root
+from pixelgen_fast.data.sampler import describe_shares
 from pixelgen_fast.device import choose_device
 from pixelgen_fast.dino.kept import with_kept_dino
 from pixelgen_fast.engine import zero
@@ -86,6 +87,7 @@ def assemble(config: cfg.Config, heart: Heartbeat) -> Parts:
     folder = RunFolder(Path(config.run.dir))
     heart.at("reading the data set")
     index = open_root(config.data.root, expected_classes=config.data.num_classes)
+    shares = describe_shares(index) if config.data.class_balanced else None
 
     heart.at("building the model")
     # once there is a checkpoint, the copy of a DINO that was made for it is the one that goes with it
@@ -109,6 +111,8 @@ def assemble(config: cfg.Config, heart: Heartbeat) -> Parts:
         dtype=precision,
         whole_modules=model.whole_modules(),
     )
+    if shares and rank == 0:
+        print(shares)
     return Parts(config, built, folder, device, precision, rank, world, index, operators, flops, objective, engine)
 
 

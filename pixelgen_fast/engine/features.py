@@ -25,7 +25,7 @@ from torch import Tensor
 from pixelgen_fast.config import ConfigError
 from pixelgen_fast.data.cache import locked, published_folder
 from pixelgen_fast.data.image_index import ImageIndex
-from pixelgen_fast.data.order import positions
+from pixelgen_fast.data.sampler import choose_sampler
 
 
 class Featurizer(Protocol):
@@ -41,15 +41,24 @@ class Featurizer(Protocol):
 class FeatureCache:
     """`cache(images uint8 [B, S, S, 3], numbers int64 [B])` gives the teacher's features [B, L, D] of those images.
 
-    folder: made if missing. index, seed: the data set and the run's seed, which give image number n its place in the
-    data set. size, crop: how images are made from files. On a GPU each call waits for the images.
+    folder: made if missing. index, seed, class_balanced: the data set and the run's order, which give image number n
+    its place in the data set. size, crop: how images are made from files. On a GPU each call waits for the images.
     Raises ConfigError for a folder that was filled with another teacher or data set, or a disk too small for it.
     """
 
     def __init__(
-        self, folder: str | Path, teacher: Featurizer, index: ImageIndex, *, seed: int, size: int, crop: str
+        self,
+        folder: str | Path,
+        teacher: Featurizer,
+        index: ImageIndex,
+        *,
+        seed: int,
+        size: int,
+        crop: str,
+        class_balanced: bool = False,
     ) -> None:
-        self.folder, self.teacher, self.seed, self.count = Path(folder).absolute(), teacher, seed, len(index)
+        self.folder, self.teacher, self.count = Path(folder).absolute(), teacher, len(index)
+        self.sampler = choose_sampler(index, seed, class_balanced)
         shape = (self.count, teacher.grid**2, teacher.width)
         wanted = {
             "teacher": teacher.fingerprint(),
@@ -67,7 +76,7 @@ class FeatureCache:
         self._seals = np.load(self.folder / "seals.npy", mmap_mode="r+")
 
     def __call__(self, images: Tensor, numbers: Tensor) -> Tensor:
-        rows = positions(self.seed, numbers.tolist(), self.count).tolist()
+        rows = self.sampler.indexes(numbers.tolist()).tolist()
         seals = [zlib.crc32(image) for image in images.cpu().contiguous().numpy()]
         features = np.array(self._features[rows])
         absent = [b for b, row in enumerate(rows) if _seal(seals[b], features[b]) != self._seals[row]]

@@ -44,7 +44,7 @@ FIXED = (
 
 
 # what decides which pictures the losses are of
-PICTURED = ("data.root", "data.crop", "data.flip", "data.image_size")
+PICTURED = ("data.root", "data.crop", "data.flip", "data.image_size", "data.class_balanced")
 
 
 class TrainingError(errors.UserError, RuntimeError):

@@ -20,6 +20,7 @@ from pixelgen_fast.cli import main
 from pixelgen_fast.data.index import PackedIndex
 from pixelgen_fast.data.order import position
 from pixelgen_fast.data.roots import open_root
+from pixelgen_fast.data.source import Source
 from pixelgen_fast.dino.network import load_dino
 from pixelgen_fast.dino.teacher import Teacher
 from pixelgen_fast.engine.alignment import FeatureAlignment, alignment_loss, build_alignment, resize_tokens
@@ -230,7 +231,7 @@ def packed(root: Path, count: int = 5, classes: tuple[str, ...] = ("a", "b")) ->
 
 def images_of(index: PackedIndex, cache: FeatureCache, numbers: Tensor) -> Tensor:
     pixels = np.load(index.root / "images.npy")
-    return torch.from_numpy(pixels[[position(cache.seed, int(n), len(index)) for n in numbers]])
+    return torch.from_numpy(pixels[[position(cache.sampler.seed, int(n), len(index)) for n in numbers]])
 
 
 def test_cached_features_are_the_teachers(teacher_folder: Path, tmp_path: Path) -> None:
@@ -254,6 +255,11 @@ def test_cached_features_are_the_teachers(teacher_folder: Path, tmp_path: Path) 
         images = images_of(index, again, numbers)
         for image, features in zip(images, again(images, numbers), strict=True):
             assert torch.equal(by_image[image.numpy().tobytes()], features)
+    balanced = FeatureCache(folder, second, index, seed=8, size=16, crop="none", class_balanced=True)
+    source = Source(index, 8, size=16, crop="none", halvings=0, class_balanced=True)
+    images = torch.from_numpy(np.load(index.root / "images.npy")[[item.index for item in source.items(range(20))]])
+    for image, features in zip(images, balanced(images, torch.arange(20)), strict=True):
+        assert torch.equal(by_image[image.numpy().tobytes()], features)
     assert second.shown == 0
 
 

@@ -290,7 +290,9 @@ def test_own_images_of_every_kind(tmp_path: Path, capfd: pytest.CaptureFixture) 
     assert "broken.jpg" in capfd.readouterr().out
     assert main(["data", "pack", str(root), str(tmp_path / "packed"), "--size", "64", "--upright"]) == 0
     packed = [f"data.root={tmp_path / 'packed'}", f"run.dir={tmp_path / 'run3'}"]
-    assert main(["train", config, *packed, *small]) == 0
+    assert main(["train", config, *packed, *small, "data.class_balanced=true"]) == 0
+    # 7 images, half of them of the 3 cats and half of the 4 dogs
+    assert "of the smallest class, of 3, comes 1.17 times, of the largest, of 4, 0.875 times" in capfd.readouterr().out
 
 
 NOW = {"images": 8, "fingerprint": "b", "order": "a rule"}
