@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     compare.add_argument("--quick", action="store_true", help="the file's short version, to see every part run")
 
-    _add_data_commands(verbs.add_parser("data", help="Check, pack or time a data set."), command)
+    _add_data_commands(verbs.add_parser("data", help="Index, check or pack a data set."), command)
 
     kernels = verbs.add_parser("kernels", help="Judge or prepare the kernels.")
     kernels = kernels.add_subparsers(required=True, metavar="COMMAND")
@@ -181,6 +181,13 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_data_commands(data: argparse.ArgumentParser, command: Callable[..., argparse.ArgumentParser]) -> None:
     verbs = data.add_subparsers(required=True, metavar="COMMAND")
+    index = command(
+        "index",
+        commands.data_index,
+        "Say what a data set is and what its index costs; tar files are indexed once, so that a run starts at once.",
+        verbs,
+    )
+    index.add_argument("root", help="data.root of a configuration")
     scan = command(
         "scan",
         commands.data_scan,

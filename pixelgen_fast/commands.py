@@ -215,6 +215,13 @@ def compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def data_index(args: argparse.Namespace) -> int:
+    from pixelgen_fast.data.summary import summarise
+
+    print("\n".join(summarise(args.root).lines()))
+    return 0
+
+
 def data_scan(args: argparse.Namespace) -> int:
     from pixelgen_fast.data.scan import scan
 

@@ -9,19 +9,27 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+_AT_ONCE = 4096  # names, or sizes of files
+_STAT_THREADS = 16  # a network file system takes its time for each file
+
 
 class ImageIndex(ABC):
     """N images in a fixed order. Picklable, and safe to use in several processes and threads at once.
 
-    classes: class names, label k is classes[k]. labels: int64 [N]. size: the side in pixels when all images are known
-    to be squares of one size, else None.
+    kind: what the root is, in words. classes: class names, label k is classes[k]. labels: int64 [N]. size: the side in
+    pixels when all images are known to be squares of one size, else None. kept: the file from which the same root is
+    opened again at once, where there is one.
     """
+
+    kind = "images"
+    kept: Path | None = None
 
     def __init__(self, root: Path, classes: list[str], labels: np.ndarray, size: int | None = None) -> None:
         self.root, self.classes, self.labels, self.size = root, classes, labels.astype(np.int64), size
@@ -34,8 +42,8 @@ class ImageIndex(ABC):
         """A checksum of the images' names below the root, their order and classes; their contents are not read."""
         digest = hashlib.sha256(json.dumps([len(self), self.size, self.classes]).encode())
         digest.update(self.labels.tobytes())
-        for i in range(len(self)):
-            digest.update(self.path(i).removeprefix(str(self.root)).encode("utf-8", "surrogateescape"))
+        for place in self.places():
+            digest.update(place)
         return digest.hexdigest()
 
     def label(self, i: int) -> int:
@@ -49,6 +57,23 @@ class ImageIndex(ABC):
     def checked(self) -> str | None:
         """What became of the checksums that are kept of the whole, in words; None where this kind keeps none."""
         return None
+
+    def below_root(self, path: str | Path) -> bytes:
+        """A path without the root before it, encoded."""
+        return str(path).removeprefix(str(self.root)).encode("utf-8", "surrogateescape")
+
+    def places(self) -> Iterator[bytes]:
+        """`below_root` of `path` of each image."""
+        return (self.below_root(self.path(i)) for i in range(len(self)))
+
+    def stored_bytes(self) -> int:
+        """Bytes that the images take where they are stored."""
+
+        def bytes_of(first: int) -> int:
+            return sum(os.stat(self.path(i)).st_size for i in range(first, min(first + _AT_ONCE, len(self))))
+
+        with ThreadPoolExecutor(_STAT_THREADS) as pool:
+            return sum(pool.map(bytes_of, range(0, len(self), _AT_ONCE)))
 
     @abstractmethod
     def path(self, i: int) -> str:
@@ -84,3 +109,14 @@ class Names:
     def __getitem__(self, i: int) -> str:
         start = self.ends[i - 1] if i else 0
         return os.fsdecode(self.block[start : self.ends[i]].tobytes())
+
+    def encoded(self) -> Iterator[bytes]:
+        """All of them, in a tenth of the time of one by one."""
+        begin = 0
+        for first in range(0, len(self.ends), _AT_ONCE):
+            ends = self.ends[first : first + _AT_ONCE].tolist()
+            block, start = self.block[begin : ends[-1]].tobytes(), begin
+            for end in ends:
+                yield block[start - begin : end - begin]
+                start = end
+            begin = ends[-1]

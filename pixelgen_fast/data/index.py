@@ -7,6 +7,7 @@ which image of a run is which of the index is order.py's.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,8 @@ class FolderIndex(ImageIndex):
     """A class-per-folder tree of JPEG, PNG and WebP files; files straight in the root are one class of the root's
     name."""
 
+    kind = "a folder of images"
+
     def __init__(self, root: Path) -> None:
         selection = Selection()
         entries = sorted((e.name, e.is_dir()) for e in os.scandir(root))
@@ -76,6 +79,9 @@ class FolderIndex(ImageIndex):
 
     def path(self, i: int) -> str:
         return str(self.root / self._names[i])
+
+    def places(self) -> Iterator[bytes]:
+        return (b"/" + name for name in self._names.encoded())
 
     def holder(self, i: int) -> Path:
         return self.root / self.classes[self.label(i)] if self._below else self.root

@@ -13,6 +13,7 @@ import json
 import math
 import tokenize
 import zlib
+from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -32,6 +33,8 @@ PACKED_FILES = ("images.npy", "labels.npy", "classes.json")
 class PackedIndex(ImageIndex):
     """A packed folder. Raises InputError, naming the file, for one that is damaged or not as above."""
 
+    kind = "a packed folder"
+
     def __init__(self, root: Path) -> None:
         self._file = root / "images.npy"
         shape, dtype, self._begin = _header(self._file)
@@ -50,6 +53,13 @@ class PackedIndex(ImageIndex):
 
     def path(self, i: int) -> str:
         return f"{self._file}[{i}]"
+
+    def places(self) -> Iterator[bytes]:
+        file = self.below_root(self._file)
+        return (b"%s[%d]" % (file, i) for i in range(len(self)))
+
+    def stored_bytes(self) -> int:
+        return self._need - self._begin
 
     def holder(self, i: int) -> Path:
         return self._file
@@ -108,7 +118,7 @@ def _integers(path: Path, images: int) -> np.ndarray:
     if there != need:
         raise InputError(f"{path} has {there:,} bytes, and its {list(shape)} numbers need {need:,}: pack it again")
     if shape != (images,):
-        raise InputError(f"{path} holds {list(shape)} numbers of {images:,} images: pack it again")
+        raise InputError(f"{path.parent} holds {images:,} images and {math.prod(shape):,} {path.stem}: pack it again")
     return np.fromfile(path, dtype, offset=begin)
 
 

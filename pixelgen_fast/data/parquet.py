@@ -69,6 +69,8 @@ class ParquetIndex(ImageIndex):
     Raises InputError where pyarrow is missing, and for a file that is damaged or without such columns, naming it.
     """
 
+    kind = "Parquet files"
+
     def __init__(self, root: Path, shards: list[Path]) -> None:
         labels, names, rows, groups = [], [], [], []
         for shard in tqdm(shards, desc=f"index {root.name}", unit="file", disable=None):
@@ -102,6 +104,15 @@ class ParquetIndex(ImageIndex):
     def path(self, i: int) -> str:
         shard = _at(self._first, i)
         return f"{self._shards[shard]}[{i - self._first[shard]}]"
+
+    def places(self) -> Iterator[bytes]:
+        counts = np.diff([*self._first, len(self)])
+        for shard, count in zip(self._shards, counts.tolist(), strict=True):
+            file = self.below_root(shard)
+            yield from (b"%s[%d]" % (file, row) for row in range(count))
+
+    def stored_bytes(self) -> int:
+        return sum(self._sizes)
 
     def holder(self, i: int) -> Path:
         return self._shards[_at(self._first, i)]

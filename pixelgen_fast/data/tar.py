@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,11 +34,13 @@ class TarIndex(ImageIndex):
     Raises InputError for a file that is no uncompressed tar, and for members that are links or of no class.
     """
 
+    kind = "tar files"
+
     def __init__(self, root: Path, shards: list[Path]) -> None:
         stats = [shard.stat() for shard in shards]
         identity = [(str(p), s.st_size, s.st_mtime_ns) for p, s in zip(shards, stats, strict=True)]
         key = hashlib.sha256(json.dumps([_VERSION, *identity]).encode()).hexdigest()[:32]
-        table = cache_root() / "tar" / f"{key}.npz"
+        self.kept = table = cache_root() / "tar" / f"{key}.npz"
         if not table.exists():
             _write_table(root, shards, table)
         with np.load(table) as arrays:
@@ -52,6 +55,14 @@ class TarIndex(ImageIndex):
 
     def path(self, i: int) -> str:
         return f"{self._shards[self._shard[i]]}:{self._names[i]}"
+
+    def places(self) -> Iterator[bytes]:
+        shards = [self.below_root(shard) + b":" for shard in self._shards]
+        for shard, name in zip(self._shard.tolist(), self._names.encoded(), strict=True):
+            yield shards[shard] + name
+
+    def stored_bytes(self) -> int:
+        return int(self._length.sum())
 
     def holder(self, i: int) -> Path:
         return self._shards[self._shard[i]]
