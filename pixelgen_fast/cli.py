@@ -225,6 +225,8 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times between which guidance acts"
     )
     parser.add_argument("--shift", type=float, help="time shift; above 1 spends more steps near the noise")
+    parser.add_argument("--temperature", type=float, help="scale of the noise of sequential systems; 1 as trained")
+    parser.add_argument("--passes", type=int, help="passes of a masked system for an image")
     parser.add_argument("--seed", type=int, help="seed of the initial noise")
     parser.add_argument("--batch", type=int, help="images drawn at once; what several processes share out")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")

@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Collection
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
 from pixelgen_fast.errors import InputError
@@ -89,6 +90,21 @@ def check_ranges(settings: Any, prefix: str = "") -> None:
             if wanted is not None and number is not None and not wanted.holds(number):
                 off = ", or null for none" if entry.default is None or "None" in str(entry.type) else ""
                 raise ConfigError(f"{key} is {value}; {wanted.rule(number)}{off}")
+
+
+def refuse_unused(section: Any, kind: type, used: Collection[str], prefix: str, system: str) -> None:
+    """Raise ConfigError for the first setting of a section that a system would ignore and that is not at its default.
+
+    kind: the dataclass whose settings are meant, of which section may be a subclass. used: their names. prefix: what
+    stands before them.
+    """
+    for entry in fields(kind):
+        value, default = getattr(section, entry.name), entry.default
+        if default is MISSING:
+            default = entry.default_factory()
+        if entry.name not in used and value != default:
+            left = "null" if default is None else default
+            raise ConfigError(f"{prefix}{entry.name} is {value}; {system} has no use for it, leave it at {left}")
 
 
 def _range(section: type, name: str) -> Range | None:

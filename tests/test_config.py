@@ -200,8 +200,20 @@ def test_dry_run_prints_the_published_sizes(
         ("model.hidden_size=1000000000", "model.hidden_size is 1000000000; it must be at most 65,536"),
         ("data.image_size=1000000000", "data.image_size is 1000000000; it must be at most 16,384"),
         ("sample.steps=1000000000", "sample.steps is 1000000000; it must be at most 100,000"),
+        ("sample.passes=0", "sample.passes is 0; it must be above 0"),
+        ("sample.temperature=-0.5", "sample.temperature is -0.5; it must not be negative"),
     ],
 )
 def test_numbers_beyond_reason_are_refused(text: str, message: str) -> None:
     with pytest.raises(cfg.ConfigError, match=message):
         cfg.load(DIGITS, [text], model_schema)
+
+
+@pytest.mark.parametrize("text", ["sample.temperature=0.9", "sample.passes=8"])
+def test_a_setting_that_a_system_ignores_is_refused_before_anything_starts(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", DIGITS, text, f"run.dir={run}"]) == 2
+    said = capsys.readouterr().err
+    assert f"{text.split('=')[0]} is {text.split('=')[1]}; pixeldit has no use for it" in said and not run.exists()

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from pixelgen_fast import config as cfg
-from pixelgen_fast.settings import ConfigError, above, at_least, check_ranges, within
+from pixelgen_fast.settings import ConfigError, above, at_least, check_ranges, refuse_unused, within
 
 
 @dataclass
@@ -60,3 +60,16 @@ def test_an_inherited_setting_keeps_its_range_under_another_default() -> None:
     check_ranges(Own())
     with pytest.raises(ConfigError, match=r"share is 2.0; it lies in \[0, 1\)"):
         check_ranges(Own(share=2.0))
+
+
+def test_what_has_no_use_must_be_at_its_default() -> None:
+    @dataclass
+    class Wider(Outer):
+        more: int = 1
+
+    refuse_unused(Outer(rate=3.0), Outer, {"rate"}, "outer.", "a brick")
+    refuse_unused(Wider(more=2), Outer, set(), "outer.", "a brick")
+    with pytest.raises(ConfigError, match=r"^outer.rate is 3.0; a brick has no use for it, leave it at 1.0$"):
+        refuse_unused(Outer(rate=3.0), Outer, {"clip"}, "outer.", "a brick")
+    with pytest.raises(ConfigError, match=r"^outer.clip is 2.0; .* leave it at null$"):
+        refuse_unused(Outer(clip=2.0), Outer, {"rate"}, "outer.", "a brick")

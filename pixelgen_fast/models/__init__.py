@@ -32,10 +32,12 @@ def model_schema(name: str) -> type[Settings]:
 
 
 def build_model(config: cfg.Config, num_classes: int) -> BaseSystem:
-    """A fresh model, its weights a function of run.seed alone."""
+    """A fresh model, its weights a function of run.seed alone. Raises ConfigError for settings that it would ignore."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.run.seed)
-        return system_module(config.model.system).build(config.model, config.data.image_size, num_classes)
+        model = system_module(config.model.system).build(config.model, config.data.image_size, num_classes)
+    model.check_settings(config.objective, config.sample)
+    return model
 
 
 def _systems() -> dict[str, ModuleType]:

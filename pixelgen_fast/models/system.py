@@ -15,8 +15,8 @@ Shapes: B batch, S x S pixels, n patches a side, L = n n tokens, D width, p patc
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 import torch
@@ -26,7 +26,7 @@ from pixelgen_fast.config import Objective, Sampling
 from pixelgen_fast.diffusion.path import Noising, to_unit
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.layers import Float32Tables
-from pixelgen_fast.settings import above, at_least
+from pixelgen_fast.settings import above, at_least, refuse_unused
 
 
 def width_setting(default: int) -> Any:
@@ -62,6 +62,9 @@ class BaseSystem(Float32Tables, ABC):
     first_tap: ClassVar[int] = 1
     # name of the parameter [num_classes + 1, ...] with a row for each class, the last for no class
     class_table: ClassVar[str] = "y_embed.weight"
+    # what it reads of the sections `objective` and `sample`; anything else must be at its default
+    used_objective: Collection[str] = frozenset(entry.name for entry in fields(Objective))
+    used_sampling: Collection[str] = frozenset(entry.name for entry in fields(Sampling)) - {"temperature", "passes"}
     # whether a forward pass in training draws from torch's generator, which is then seeded before each
     draws: bool = False
 
@@ -73,7 +76,7 @@ class BaseSystem(Float32Tables, ABC):
         self.patch_size, self.grid = p, image_size // p
         self.image_size, self.num_classes = image_size, num_classes
         self.hidden_size, self.head_dim = settings.hidden_size, settings.hidden_size // settings.num_heads
-        self.tap_depth = tap_depth
+        self.system, self.tap_depth = settings.system, tap_depth
 
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
@@ -90,6 +93,11 @@ class BaseSystem(Float32Tables, ABC):
     def tap_width(self, tap: int) -> int:
         """Width of the tokens that `tap` gives."""
         return self.hidden_size
+
+    def check_settings(self, objective: Objective, sampling: Sampling) -> None:
+        """Raise ConfigError, naming it, for a setting of a run or a command that this system would ignore."""
+        refuse_unused(objective, Objective, self.used_objective, "objective.", self.system)
+        refuse_unused(sampling, Sampling, self.used_sampling, "sample.", self.system)
 
     def check_images(self, z: Tensor) -> None:
         """Raise ValueError for images of another size than the model's; z [B, 3, S, S] or uint8 [B, S, S, 3]."""
@@ -156,7 +164,7 @@ class SequentialSystem(BaseSystem):
     seed, objective) -> {part of the loss: float32 [B]}; y = num_classes is no class.
 
     What it draws at random is a function of (seed, image number), by Philox, or of torch's generator if it `draws`.
-    objective: of the configuration; what a system does not use of it, it refuses when it is built.
+    objective: of the configuration. What a system does not use of it and of `Sampling` is refused (check_settings).
     loss_weights: the weight of each part.
     """
 

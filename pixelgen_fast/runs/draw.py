@@ -56,10 +56,11 @@ class Generator:
         before_pass: called before each pass through the network; what it raises ends the drawing.
         share: (r, W) draws every W-th batch from the r-th on.
         changes: what of `Sampling` differs from the configuration's.
-        Raises ValueError for a label that is not a class.
+        Raises ValueError for a label that is not a class, or a setting that the model would ignore.
         """
         self._check_labels(labels)
         settings = {f.name: getattr(self.config.sample, f.name) for f in fields(Sampling)} | changes
+        self.model.check_settings(self.config.objective, Sampling(**settings))
         # batch by batch, so that no more than one batch is ever held as floats
         shared = torch.arange(len(labels)).split(settings["batch"])[share[0] :: share[1]]
         with tqdm(total=sum(map(len, shared)), desc="draw", unit="img", disable=not progress) as bar:
@@ -93,7 +94,7 @@ class Generator:
             t_eps=o.t_eps,
             null_class=len(self.classes),
             device=like.device,
-            **settings,
+            **{name: value for name, value in settings.items() if name in self.model.used_sampling},
         )
         with torch.no_grad():
             return self.model.decode(x)
