@@ -121,6 +121,44 @@ class SwiGLU(nn.Module):
         return out_BLD if self.w2.bias is None else out_BLD + self.w2.bias
 
 
+class ViTBlock(nn.Module):
+    """The block of a plain vision transformer (arXiv 2010.11929), [B, L, D] -> [B, L, D], with biases and exact GELU.
+
+    x <- x + proj(attention(LN(x)));  x <- x + fc2(GELU(fc1(LN(x))))
+    dropout: in training, of the shares of attention and of what proj, fc1 and fc2 give.
+    """
+
+    def __init__(self, dim: int, num_heads: int, hidden: int, eps: float, dropout: float = 0.0) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise InputError(f"hidden size {dim} does not divide over {num_heads} heads")
+        self.num_heads, self.dropout = num_heads, dropout
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x_BLD: Tensor, seen_BL: Tensor | None = None) -> Tensor:
+        """seen: bool [B, L], the tokens that the others may read; None: all."""
+        x_BLD = x_BLD + self.drop(self.proj(self.attend(self.qkv(self.norm1(x_BLD)), seen_BL)))
+        return x_BLD + self.drop(self.fc2(self.drop(F.gelu(self.fc1(self.norm2(x_BLD))))))
+
+    def attend(self, qkv: Tensor, seen_BL: Tensor | None) -> Tensor:
+        q, k, v = rearrange(qkv, "B L (n H d) -> n B L H d", n=3, H=self.num_heads)
+        dropout = self.dropout if self.training else 0.0
+        if seen_BL is None and not dropout:
+            return rearrange(attention(q, k, v), "B L H d -> B L (H d)")
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        mask = None if seen_BL is None else seen_BL[:, None, None]
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return rearrange(out, "B H L d -> B L (H d)")
+
+    def drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
 class TimestepEmbedder(nn.Module):
     """Sinusoid of t in [0, 1], then Linear, SiLU, Linear. t [B] -> [B, D]."""
 

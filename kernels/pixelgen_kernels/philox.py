@@ -27,6 +27,9 @@ from pixelgen_kernels.registration import operator
 from pixelgen_kernels.tuning import chosen
 
 NOISE, TIME, LABEL_DROP, FLIP, SAMPLING, GROUNDING_DROP = range(6)
+MASK_ORDER, MASK_RATIO, CORRUPTION, CORRUPTION_LEVEL = range(6, 10)
+# and the numbers above it: one stream for each step of a sampler that draws in every step
+SAMPLING_STEPS = 2**16
 
 _MULTIPLIER_A, _MULTIPLIER_B = 0xD2511F53, 0xCD9E8D57
 _WEYL_0, _WEYL_1 = 0x9E3779B9, 0xBB67AE85

@@ -41,22 +41,25 @@ def sample_times(
     mean: float = 0.0,
     std: float = 1.0,
     shift: float = 1.0,
+    count: int | None = None,
 ) -> Tensor:
-    """Training time of each image.
+    """Training time of each image, or `count` of them.
 
     numbers: int64 [B]. mean, std: of logit(t) before the shift; used by logit_normal only.
-    Returns float32 [B] in [0, 1]. Raises ValueError for an unknown kind, a negative std or a non-positive shift.
+    Returns float32 [B], or [B, count], in [0, 1]; the first of several is the one that an image has alone.
+    Raises ValueError for an unknown kind, a negative std or a non-positive shift.
     """
     if kind == "uniform":
-        t = philox.uniform(seed, numbers, philox.TIME, 1)[:, 0].double()
+        t = philox.uniform(seed, numbers, philox.TIME, count or 1).double()
     elif kind == "logit_normal":
         if not std >= 0:
             raise ValueError(f"the standard deviation of logit(t) must be 0 or more, got {std}")
         # In float64, because PyTorch's float32 sigmoid rounds by a number's place in the batch (vector body or tail).
-        t = torch.sigmoid(mean + std * philox.normal(seed, numbers, philox.TIME, 1)[:, 0].double())
+        t = torch.sigmoid(mean + std * philox.normal(seed, numbers, philox.TIME, count or 1).double())
     else:
         raise ValueError(f"time sampling {kind!r} is unknown; use 'logit_normal' or 'uniform'")
-    return shift_time(t, shift).float()
+    t = shift_time(t, shift).float()
+    return t[:, 0] if count is None else t
 
 
 def drop_labels(seed: int, numbers: Tensor, labels: Tensor, probability: float, null: int) -> Tensor:

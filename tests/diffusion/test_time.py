@@ -86,6 +86,16 @@ def test_every_draw_ignores_the_batch():
     )
 
 
+def test_several_times_of_an_image_begin_with_the_one_it_has_alone():
+    numbers = torch.arange(3000)
+    for kind in ("uniform", "logit_normal"):
+        several = time.sample_times(SEED, numbers, kind, -0.8, 0.8, 2.0, count=3)
+        assert several.shape == (3000, 3) and several.dtype == torch.float32
+        assert torch.equal(several[:, 0], time.sample_times(SEED, numbers, kind, -0.8, 0.8, 2.0))
+        first, last = several[:, 0].numpy(), several[:, 2].numpy()
+        assert stats.ks_2samp(first, last).pvalue > 1e-3 and abs(stats.pearsonr(first, last).statistic) < 0.08
+
+
 def test_bad_arguments_are_named():
     numbers = torch.arange(4)
     with pytest.raises(ValueError, match="'lognormal' is unknown; use 'logit_normal' or 'uniform'"):
