@@ -23,6 +23,7 @@ PIXELDIT = dict(SMALL, pixel_hidden_size=8, pixel_depth=1)
 STUDENT = dict(PIXELDIT, system="dino_student", **DINO)
 FOLLOW = dict(teacher=V3, weights="{teacher}", layer=0, projector="none")
 X = dict(predict="x", loss="v")
+PATCH_AR = dict(SMALL, system="patch_ar", depth=1, class_tokens=2, head_depth=1)
 VARIANTS = {
     "pixeldit": dict(model=dict(PIXELDIT, system="pixeldit", patch_depth=1)),
     "repa": dict(
@@ -41,6 +42,13 @@ VARIANTS = {
         model=dict(SMALL, system="deco", patch_depth=1, decoder_width=8, decoder_depth=1),
         objective=dict(frequency_weight=1.0),
     ),
+    "patch autoregressor": dict(model=dict(PATCH_AR, head_width=16), objective=X),
+    "patch autoregressor, masked": dict(
+        model=dict(PATCH_AR, trunk="masked", head="pixel", pixel_channels=8, dropout=0.1),
+        objective=X,
+        sample=dict(passes=3, temperature=0.9),
+    ),
+    "patch autoregressor, bottleneck": dict(model=dict(PATCH_AR, head_width=16, bottleneck=4), objective=X),
 }
 COMMON = OmegaConf.from_dotlist(
     [

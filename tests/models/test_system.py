@@ -5,14 +5,14 @@ from pathlib import Path
 import pytest
 import torch
 from pixelgen_kernels import philox
-from support.models import batch, tiny
+from support.models import batch, systems_of, tiny
 from support.teachers import write_teacher
 from torch import nn
 
 from pixelgen_fast import models
 from pixelgen_fast.diffusion.loss import flow_loss
 from pixelgen_fast.diffusion.path import Noising
-from pixelgen_fast.models.system import Settings, System
+from pixelgen_fast.models.system import BaseSystem, Settings, System
 from pixelgen_fast.runs.draw import load_for_other_classes
 
 DINO = "vit_small_patch16_dinov3_qkvb"
@@ -27,14 +27,20 @@ def on_dino(name: str, dino: str) -> dict[str, str]:
     return dict(dino=DINO, weights=dino) if models.model_schema(name).builds_on_dino else {}
 
 
-@pytest.fixture(params=models.systems())
+@pytest.fixture(params=systems_of(System))
 def model(request: pytest.FixtureRequest, dino: str) -> System:
+    """A flow; tests/models/test_sequential.py has the systems that draw piece after piece."""
     return tiny(request.param, **on_dino(request.param, dino))
 
 
-def test_a_system_is_built_from_its_settings(model: System) -> None:
-    assert isinstance(model, System) and model.image_size == 16 and model.grid == 4 and model.num_classes == 3
-    assert model.head_dim * 2 == model.hidden_size == 24
+@pytest.fixture(params=models.systems())
+def any_model(request: pytest.FixtureRequest, dino: str) -> BaseSystem:
+    return tiny(request.param, **on_dino(request.param, dino))
+
+
+def test_a_system_is_built_from_its_settings(any_model: BaseSystem) -> None:
+    assert any_model.image_size == 16 and any_model.grid == 4 and any_model.num_classes == 3
+    assert any_model.head_dim * 2 == any_model.hidden_size == 24
 
 
 @pytest.mark.parametrize("name", models.systems())
@@ -65,7 +71,8 @@ def test_a_null_class_is_a_class_of_its_own(model: System) -> None:
     assert not torch.equal(first, none)
 
 
-def test_other_classes_begin_anew_and_the_rest_of_the_weights_does_not(model: System) -> None:
+def test_other_classes_begin_anew_and_the_rest_of_the_weights_does_not(any_model: BaseSystem) -> None:
+    model = any_model
     state = {name: torch.full_like(value, 0.25) for name, value in model.state_dict().items()}
     table = model.state_dict()[model.class_table].clone()
     assert len(table) == model.num_classes + 1

@@ -1,26 +1,35 @@
 """Models of every system small enough for tests, their weights at no special value."""
 
 from functools import partial
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from pixelgen_fast import models
-from pixelgen_fast.models.system import System
+from pixelgen_fast.models.system import BaseSystem
 
 TINY = {
     "pixeldit": dict(hidden_size=24, num_heads=2, patch_depth=2, patch_size=4, pixel_hidden_size=8, pixel_depth=2),
     "jit": dict(hidden_size=24, num_heads=2, depth=4, patch_size=4, bottleneck=6, context_length=3, context_start=1),
     "deco": dict(hidden_size=24, num_heads=2, patch_depth=2, patch_size=4, decoder_width=8, decoder_depth=2),
     "pixeldit2": dict(hidden_size=24, num_heads=2, depth=4, patch_size=4, context_length=3, context_start=1),
+    "patch_ar": dict(
+        hidden_size=24, num_heads=2, depth=2, patch_size=4, class_tokens=2, head_width=16, head_depth=2
+    ),
     "dino_student": dict(
         hidden_size=24, num_heads=2, patch_depth=2, patch_size=4, pixel_hidden_size=8, pixel_depth=1
     ),
 }  # fmt: skip
 
 
-def tiny(system: str, image_size: int = 16, randomise: bool = True, **changes: Any) -> System:
+def systems_of(kind: type[BaseSystem]) -> list[str]:
+    """Names of the systems of one kind."""
+    builds = {name: get_type_hints(models.system_module(name).build)["return"] for name in models.systems()}
+    return [name for name, built in builds.items() if issubclass(built, kind)]
+
+
+def tiny(system: str, image_size: int = 16, randomise: bool = True, **changes: Any) -> BaseSystem:
     """A model of 3 classes. randomise: draw every trained weight anew; zeros at the start would hide what they do."""
     torch.manual_seed(0)
     module = models.system_module(system)
