@@ -20,6 +20,7 @@ TimeKind = Literal["logit_normal", "uniform"]
 Crop = Literal["adm", "none"]
 Recompute = Literal["none", "operators", "blocks"]
 Solver = Literal["euler", "heun", "adams2"]
+PathKind = Literal["linear", "energy_guided"]
 Device = Literal["auto", "cpu", "cuda"]
 
 
