@@ -20,6 +20,7 @@ from pixelgen_fast.settings import (
     ConfigError,
     Crop,
     Device,
+    PathKind,
     Prediction,
     Recompute,
     Solver,
@@ -92,6 +93,10 @@ class Objective:
     # DeCo's loss on block frequencies of the velocity, added with this weight; its JPEG quality, 1 to 100
     frequency_weight: float = at_least(0, default=0.0)
     frequency_quality: int = within(1, 100, default=85)
+    # energy_guided: data come out of a blur of at most sigma0 pixels, between the two times of release
+    path: PathKind = "linear"
+    sigma0: float = above(0, default=3.5, most=1000)
+    release: tuple[float, float] = within(0, 1, default=(0.0, 1.0))
 
 
 @dataclass
@@ -275,6 +280,7 @@ def validate(config: Config) -> None:
         raise ConfigError(
             f"model.num_heads {config.model.num_heads} does not divide model.hidden_size {config.model.hidden_size}"
         )
+    _check_path(config.objective)
     _check_optimizer(config)
     _check_step(config)
     _check_interval(config.sample, "sample.")
@@ -299,6 +305,22 @@ def check_sampling(settings: Sampling, prefix: str) -> None:
 def _check_interval(settings: Sampling, prefix: str) -> None:
     if settings.interval is not None and not settings.interval[0] < settings.interval[1]:
         raise ConfigError(f"{prefix}interval is {settings.interval}; the first must be below the second")
+
+
+def _check_path(o: Objective) -> None:
+    plain = Objective()
+    given = [name for name in ("sigma0", "release") if getattr(o, name) != getattr(plain, name)]
+    if o.path == "linear" and given:
+        raise ConfigError(f"objective.{given[0]} is given, but objective.path is linear; set it to energy_guided")
+    if o.path == "linear":
+        return
+    if o.predict == "e" or o.loss != "v":
+        raise ConfigError(
+            f"objective.path is energy_guided with objective.predict {o.predict} and objective.loss {o.loss}; its loss "
+            "is that of v, from predictions of v or x"
+        )
+    if not o.release[0] < o.release[1]:
+        raise ConfigError(f"objective.release is {list(o.release)}; the first must be below the second")
 
 
 def _check_optimizer(config: Config) -> None:

@@ -91,6 +91,8 @@ class Settings(system.Settings):
 class Means(SequentialSystem):
     loss_weights = {"squares": 1.0, "sum": 0.5}
 
+    used_objective = frozenset({"class_drop", "time_shift"})
+
     def __init__(self, settings: Settings, image_size: int, num_classes: int) -> None:
         super().__init__(settings, image_size, num_classes)
         self.y_embed = nn.Embedding(num_classes + 1, 3 * image_size**2)
@@ -160,3 +162,17 @@ def test_a_system_from_one_file_goes_through_every_command(
     labels = torch.arange(3)
     assert torch.equal(draw.load(out).draw(labels), draw.load(whole).draw(labels))
     assert (whole / "samples" / "000000000032.png").is_file() and (whole / "final.png").is_file()
+
+
+@pytest.mark.parametrize("system", ["means"], indirect=True)
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [("path=energy_guided", "path is energy_guided"), ("frequency_weight=1", "frequency_weight is 1.0")],
+)
+def test_a_sequential_system_refuses_what_it_does_not_use(
+    system: Path, tmp_path: Path, capsys: pytest.CaptureFixture, change: str, said: str
+) -> None:
+    assert main(["train", str(system), f"run.dir={tmp_path / 'run'}", f"objective.{change}"]) == 2
+    printed = capsys.readouterr().err
+    assert f"objective.{said}; means has no use for it, leave it at" in printed
+    assert not (tmp_path / "run").exists()

@@ -34,9 +34,13 @@ class Noising(NamedTuple):
 
     def of(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(z, x, e) of uint8 images [B, S, S, 3], each float32 [B, 3, S, S]; or of data [B, ...], each so."""
-        x = to_unit(images) if images.dtype == torch.uint8 else images
-        e = philox.normal(self.seed, self.numbers, philox.NOISE, x[:1].numel()).view_as(x)
+        x, e = self.pair(images)
         return add_noise(x, e, self.t, self.noise_scale), x, e
+
+    def pair(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """(x, e) of the images, as `of` has them."""
+        x = to_unit(images) if images.dtype == torch.uint8 else images
+        return x, philox.normal(self.seed, self.numbers, philox.NOISE, x[:1].numel()).view_as(x)
 
 
 def to_unit(images: Tensor) -> Tensor:

@@ -6,7 +6,7 @@
     adams2    z += h (3 v_i - v_{i-1}) / 2, the first step Euler: two-step Adams-Bashforth with these coefficients on a
               shifted grid too, which is PixelDiT's "FlowDPMSolver"; N evaluations
     guidance  v = u + w (c - u) for lo < t < hi, else c (Ho & Salimans, arXiv 2207.12598; interval: Kynkäänniemi et al.,
-              arXiv 2404.07724); c and u are the network with the label and with the null class
+              arXiv 2404.07724); c and u are the velocities with the label and with the null class
 
 The start of sample n is a function of (seed, n), so a sample does not depend on what shares its batch.
 
@@ -24,7 +24,8 @@ from pixelgen_kernels import philox
 from torch import Tensor
 from tqdm import tqdm
 
-from pixelgen_fast.diffusion.path import Prediction, check_prediction, convert, widen
+from pixelgen_fast.diffusion.energy import EnergyPath
+from pixelgen_fast.diffusion.path import Prediction, check_prediction, convert
 from pixelgen_fast.diffusion.time import noise, shift_time
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.settings import Solver
@@ -83,12 +84,14 @@ def velocity_field(
     predict: Prediction = "v",
     noise_scale: float = 1.0,
     t_eps: float = 0.05,
+    path: EnergyPath | None = None,
 ) -> Field:
     """The velocity that a network gives for these labels, guided where guidance applies.
 
     model: (z [B,3,H,W], t [B], y [B]) -> [B,3,H,W], a prediction of `predict`. labels: int64 [B].
     guidance: w; 1 is no guidance. interval: (lo, hi), both strict; None is everywhere. Where guidance does not apply
     the unconditional network is not evaluated; where it does, one call holds [null class, label] as 2B images.
+    path: of training, None the linear one; it matters where x is predicted.
     Returns field(z [B,3,H,W], t) -> v [B,3,H,W]. Raises ValueError for guidance without a null class, an empty interval
     or an unknown prediction.
     """
@@ -99,16 +102,18 @@ def velocity_field(
     if not low < high:
         raise InputError(f"guidance interval must be (low, high) with low < high, got ({low}, {high})")
 
-    def field(z: Tensor, t: float) -> Tensor:
+    def velocity(z: Tensor, t: float, y: Tensor) -> Tensor:
         times = torch.full((z.shape[0],), t, dtype=z.dtype, device=z.device)
-        if guidance != 1 and low < t < high:
-            y = torch.cat([torch.full_like(labels, null_class), labels])
-            u, c = widen(model(torch.cat([z, z]), torch.cat([times, times]), y)).chunk(2)
-            # The weights of u and c sum to one and the conversion is affine: the order of the two does not matter.
-            prediction = u + guidance * (c - u)
-        else:
-            prediction = model(z, times, labels)
+        prediction = model(z, times, y)
+        if path is not None and predict == "x":
+            return path.endpoint(prediction, times).velocity_at(z, t_eps)
         return convert(prediction, z, times, predict, "v", noise_scale, t_eps)
+
+    def field(z: Tensor, t: float) -> Tensor:
+        if guidance == 1 or not low < t < high:
+            return velocity(z, t, labels)
+        u, c = velocity(torch.cat([z, z]), t, torch.cat([torch.full_like(labels, null_class), labels])).chunk(2)
+        return u + guidance * (c - u)
 
     return field
 
@@ -129,6 +134,7 @@ def sample(
     predict: Prediction = "v",
     noise_scale: float = 1.0,
     t_eps: float = 0.05,
+    path: EnergyPath | None = None,
     null_class: int | None = None,
     device: torch.device | str = "cpu",
     batch: int = 64,
@@ -140,7 +146,8 @@ def sample(
     numbers: int64 [N], the samples' numbers. labels: int64 [N]. shape: of one image, (3, H, W).
     steps, solver, shift: see time_grid and SOLVERS. guidance, interval, null_class: see velocity_field; an interval of
     (0, 1) leaves the very first evaluation, t = 0, unguided, because both ends are strict.
-    noise_scale, t_eps: as in training. batch: images per network call (2 x batch under guidance). progress: show a bar.
+    noise_scale, t_eps, path: as in training. batch: images per network call (2 x batch under guidance).
+    progress: show a bar.
     Returns float32 [N, 3, H, W] on the device, about [-1, 1] but not clipped: see to_uint8.
     Raises ValueError for an argument out of its range, before the network is called.
     """
@@ -159,6 +166,7 @@ def sample(
                 predict=predict,
                 noise_scale=noise_scale,
                 t_eps=t_eps,
+                path=path,
             )
             start = noise_scale * noise(seed, n, shape, philox.SAMPLING)
             for z in SOLVERS[solver](field, start, grid):

@@ -3,10 +3,11 @@
     x = image / 127.5 - 1,    z = t x + (1 - t) s e,    prediction, tokens = model(z, t, y)
     loss = mean_b [ flow_loss(prediction, x, e, t) + w_f frequency_loss(v of prediction, v) + w_a alignment(tokens, x) ]
 
-The last two are optional (diffusion/frequency.py, engine/alignment.py). Time, noise, label drop and grounding drop are
+The last two are optional (diffusion/frequency.py, engine/alignment.py). On the energy-guided path z and v are others,
+and a prediction of x is read as v by the same path (engine/pair.py). Time, noise, label drop and grounding drop are
 functions of (seed, image number); see diffusion/time.py. Dropout is one of (seed, number of the micro-batch's first
 image), so that a resumed run repeats it. A system that fuses its loss noises and compares inside its own operators for
-predict = v, unless the frequency loss needs its prediction; any other is given z and asked.
+predict = v on the linear path, unless the frequency loss needs its prediction; any other is given z and asked.
 Shapes: B images of one micro-batch, S x S pixels.
 """
 
@@ -22,12 +23,13 @@ import torch
 from pixelgen_kernels import philox
 from torch import Tensor, nn
 
-from pixelgen_fast.config import Config, Objective
+from pixelgen_fast.config import Config, ConfigError, Objective
+from pixelgen_fast.diffusion.energy import energy_path
 from pixelgen_fast.diffusion.frequency import frequency_loss
-from pixelgen_fast.diffusion.loss import flow_loss
-from pixelgen_fast.diffusion.path import Noising, convert, slope, truth
+from pixelgen_fast.diffusion.path import Noising, slope
 from pixelgen_fast.diffusion.time import chosen, drop_labels, sample_times
 from pixelgen_fast.engine.alignment import FeatureAlignment
+from pixelgen_fast.engine.pair import EnergyPair, LinearPair
 from pixelgen_fast.models.system import BaseSystem, SequentialSystem, System
 from pixelgen_fast.runs.folder import MODEL
 
@@ -94,7 +96,10 @@ class SequenceLoss(TrainingObjective):
 
 
 class FlowMatching(TrainingObjective):
-    """Flow matching on a generator; its parts are "flow" and, where they are on, "frequency" and "alignment"."""
+    """Flow matching on a generator; its parts are "flow" and, where they are on, "frequency" and "alignment".
+
+    path: None is the linear one. Raises ConfigError for the energy-guided one of what is no image.
+    """
 
     def __init__(
         self,
@@ -105,6 +110,9 @@ class FlowMatching(TrainingObjective):
         alignment: FeatureAlignment | None = None,
     ) -> None:
         super().__init__(model, objective, seed, null_class, alignment)
+        self.path = energy_path(objective.path, objective.sigma0, objective.release)
+        if self.path is not None:
+            _check_pixels(model)
         self.weights = {"flow": 1.0}
         if objective.frequency_weight > 0:
             self.weights["frequency"] = objective.frequency_weight
@@ -114,7 +122,7 @@ class FlowMatching(TrainingObjective):
     def losses(self, images: Tensor, y: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         o = self.objective
         t = sample_times(self.seed, numbers, o.time, o.time_mean, o.time_std, o.time_shift)
-        fused = o.predict == "v" and o.frequency_weight == 0 and self.model.fuses_loss
+        fused = self.path is None and o.predict == "v" and o.frequency_weight == 0 and self.model.fuses_loss
         losses, tokens = (self._inside if fused else self._outside)(images, t, y, numbers)
         if self.alignment is not None:
             losses["alignment"] = self.alignment(tokens, images, numbers)
@@ -133,18 +141,15 @@ class FlowMatching(TrainingObjective):
     ) -> tuple[dict[str, Tensor], Tensor | None]:
         """Losses of each image and the tapped tokens, from the model's prediction at z."""
         o = self.objective
-        path = {"noise_scale": o.noise_scale, "t_eps": o.t_eps}
-        z, x, e = Noising(numbers, t, self.seed, o.noise_scale).of(self.model.encode(images))
+        x, e = Noising(numbers, t, self.seed, o.noise_scale).pair(self.model.encode(images))
+        pair = LinearPair(o, x, e, t) if self.path is None else EnergyPair(o, self.path, x, e, t)
         drop = self.model.grounding_drop
         ground = {} if drop is None else {"ground": ~chosen(self.seed, numbers, drop, philox.GROUNDING_DROP)}
         model = partial(self.model, **ground)
-        prediction, tokens = self._tapped(model, z.to(next(self.model.parameters()).dtype), t, y)
-        losses = {"flow": flow_loss(prediction, x, e, t, predict=o.predict, loss_space=o.loss, **path)}
+        prediction, tokens = self._tapped(model, pair.z.to(next(self.model.parameters()).dtype), t, y)
+        losses = {"flow": pair.flow(prediction)}
         if o.frequency_weight > 0:
-            # The truth goes the same way as the prediction, so that t_eps never moves the minimum.
-            wanted = truth(o.predict, x, e, o.noise_scale)
-            velocities = [convert(value, z, t, o.predict, "v", **path) for value in (prediction, wanted)]
-            losses["frequency"] = frequency_loss(*velocities, o.frequency_quality)
+            losses["frequency"] = frequency_loss(*pair.velocities(prediction), o.frequency_quality)
         return losses, tokens
 
     def _tapped(self, function: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor | None]:
@@ -152,6 +157,16 @@ class FlowMatching(TrainingObjective):
         if self.alignment is None:
             return function(*arguments), None
         return function(*arguments, tap=self.alignment.layer)
+
+
+def _check_pixels(model: System) -> None:
+    """Refuse to blur what is no image."""
+    shape, side = tuple(model.sample_shape), model.image_size
+    if shape != (3, side, side):
+        raise ConfigError(
+            f"objective.path is energy_guided, which blurs images, and {type(model).__name__} flows to {list(shape)} "
+            f"instead of [3, {side}, {side}]; use objective.path=linear"
+        )
 
 
 def build_objective(model: BaseSystem, config: Config, alignment: FeatureAlignment | None = None) -> TrainingObjective:

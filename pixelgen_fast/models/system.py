@@ -169,6 +169,7 @@ class SequentialSystem(BaseSystem):
     """
 
     loss_weights: ClassVar[dict[str, float]] = {"loss": 1.0}
+    used_objective: Collection[str] = frozenset({"class_drop"})
 
     @abstractmethod
     def forward(

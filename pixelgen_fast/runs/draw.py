@@ -14,6 +14,7 @@ from tqdm import tqdm
 from pixelgen_fast import config as cfg
 from pixelgen_fast import errors
 from pixelgen_fast.config import Sampling
+from pixelgen_fast.diffusion.energy import energy_path
 from pixelgen_fast.diffusion.solver import sample, to_uint8
 from pixelgen_fast.dino.kept import with_kept_dino
 from pixelgen_fast.models import build_model, model_schema
@@ -92,6 +93,7 @@ class Generator:
             predict=o.predict,
             noise_scale=o.noise_scale,
             t_eps=o.t_eps,
+            path=energy_path(o.path, o.sigma0, o.release),
             null_class=len(self.classes),
             device=like.device,
             **{name: value for name, value in settings.items() if name in self.model.used_sampling},

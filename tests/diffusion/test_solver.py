@@ -9,6 +9,7 @@ from pixelgen_kernels import philox
 from torch import Tensor, nn
 
 from pixelgen_fast.diffusion import solver
+from pixelgen_fast.diffusion.energy import EnergyPath
 from pixelgen_fast.diffusion.time import noise
 
 MU, SIGMA = 0.6, 0.25
@@ -166,6 +167,46 @@ def test_samples_of_a_gaussian_have_its_moments(predict):
     )
     expected = MU + SIGMA * noise(4, numbers, (3, 4, 4), philox.SAMPLING)
     torch.testing.assert_close(out, expected, rtol=0, atol=2e-2 if predict == "e" else 1e-3)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_prediction_of_x_is_read_by_the_path_of_training(guidance):
+    """One image for all, known to the network: the flow carries any noise to it, by t x* + (1-t) e on the way."""
+    x = torch.sin(torch.arange(3 * 16 * 16.0).view(1, 3, 16, 16) ** 1.3)
+    path, numbers, steps = EnergyPath(bisections=40), torch.arange(2), 50
+    common = {"predict": "x", "path": path, "null_class": 7, "guidance": guidance}
+    asked = []
+
+    def network(z, t, y):
+        asked.append((z[-2:], float(t[0])))
+        return x.expand_as(z)
+
+    run = partial(solver.sample, network, numbers, numbers, seed=4, shape=(3, 16, 16), steps=steps, solver="heun")
+    torch.testing.assert_close(run(t_eps=1 / steps, **common), x.expand(2, -1, -1, -1), rtol=0, atol=1e-3)
+    z, t = asked[steps]
+    e = noise(4, numbers, (3, 16, 16), philox.SAMPLING)
+    expected = path.endpoint(x.expand_as(e), torch.full((2,), t)).noised(e)
+    torch.testing.assert_close(z, expected, rtol=0, atol=1e-2)
+
+
+def test_guidance_combines_the_velocities_of_the_path():
+    """Reading x is not linear there, so two predictions of x must not be combined first."""
+
+    def network(z, t, y):
+        return z * (1 + y.float()[:, None, None, None]) + z.roll(1, dims=2) ** 2
+
+    z, y, null = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).double(), torch.arange(4), 7
+    common = {"predict": "x", "path": EnergyPath()}
+    v = solver.velocity_field(network, y, guidance=2.5, null_class=null, **common)(z, 0.4)
+    c = solver.velocity_field(network, y, **common)(z, 0.4)
+    u = solver.velocity_field(network, torch.full_like(y, null), **common)(z, 0.4)
+    torch.testing.assert_close(v, u + 2.5 * (c - u), rtol=1e-12, atol=1e-12)
+
+
+def test_a_prediction_of_v_is_drawn_with_as_ever():
+    z, labels = torch.randn(2, 3, 8, 8), torch.tensor([0, 1])
+    fields = [solver.velocity_field(lambda z, t, y: z + t[0], labels, path=path) for path in (None, EnergyPath())]
+    assert torch.equal(fields[0](z, 0.3), fields[1](z, 0.3))
 
 
 class Small(nn.Module):

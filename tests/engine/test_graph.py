@@ -27,6 +27,12 @@ MODELS = {
     "pixeldit, recomputed head": (pixeldit, dict(PIXELDIT, pixel_attention_save="recompute"), cfg.Objective()),
     "jit": (jit, dict(SMALL, depth=2, bottleneck=8, context_length=2, context_start=1), cfg.Objective("x", "v")),
     "deco": (deco, dict(SMALL, patch_depth=1, decoder_width=8, decoder_depth=1), cfg.Objective(frequency_weight=1.0)),
+    "pixeldit, energy guided": (pixeldit, PIXELDIT, cfg.Objective(path="energy_guided")),
+    "jit, energy guided": (
+        jit,
+        dict(SMALL, depth=2, bottleneck=8, context_length=0),
+        cfg.Objective("x", "v", path="energy_guided"),
+    ),
 }
 # what hands a number or a shape that depends on data to the host
 READS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "bincount")

@@ -5,7 +5,8 @@ import torch
 from support.golden import relative
 from torch import nn
 
-from pixelgen_fast.config import Objective
+from pixelgen_fast.config import ConfigError, Objective
+from pixelgen_fast.diffusion.energy import EnergyPath
 from pixelgen_fast.diffusion.path import to_unit
 from pixelgen_fast.engine.alignment import FeatureAlignment
 from pixelgen_fast.engine.objective import FlowMatching
@@ -159,6 +160,49 @@ def test_the_frequency_loss_compares_velocities(predict: str) -> None:
     frequency = frequency_loss(*velocity, 60).mean()
     assert module.parts["frequency"].item() == pytest.approx(frequency.item(), rel=1e-4)
     assert total.item() == pytest.approx(flow.item() + 0.7 * frequency.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("predict", ["v", "x"])
+@pytest.mark.parametrize("frequency", [0.0, 0.7])
+def test_on_the_energy_guided_path_only_the_pair_is_another(predict: str, frequency: float) -> None:
+    """z, v and how x is read, from the path; the noise, the times and the labels are those of the linear one."""
+    from pixelgen_fast.diffusion.frequency import frequency_loss
+
+    model, inputs = random_model(), batch()
+    common = dict(predict=predict, time_shift=2.0, noise_scale=1.5, class_drop=0.5, t_eps=0.1)
+    objective = Objective(**common, path="energy_guided", sigma0=2.0, release=(0.1, 0.8), frequency_weight=frequency)
+    module, asked = FlowMatching(model, objective, 11, 3), []
+    model.register_forward_hook(lambda module, arguments, prediction: asked.append((arguments, prediction)))
+    module(*inputs).backward()
+    FlowMatching(Opaque(model), Objective(**common), 11, 3)(*inputs)
+    ((z, t, y), answer), ((plain_z, plain_t, plain_y), _) = asked
+    assert torch.equal(t, plain_t) and torch.equal(y, plain_y) and not z.requires_grad
+
+    x, w = to_unit(inputs[0]), t[:, None, None, None]
+    e = (plain_z - w * x) / (1 - w)
+    path = EnergyPath(2.0, (0.1, 0.8))
+    end = path.endpoint(x, t)
+    torch.testing.assert_close(z, w * end.x + e * (1 - w), rtol=0, atol=1e-5)
+    if predict == "v":
+        found, wanted = answer, end.x + w * end.rate - e
+    else:
+        of_answer = path.endpoint(answer, t)
+        found, wanted = (w * side.rate + (side.x - z) / (1 - w).clamp(min=0.1) for side in (of_answer, end))
+    expected = {"flow": (found - wanted).square().mean()}
+    if frequency:
+        expected["frequency"] = frequency_loss(found, wanted, 85).mean()
+    assert module.parts.keys() == expected.keys()
+    for name, value in expected.items():
+        assert module.parts[name].item() == pytest.approx(value.item(), rel=1e-4), name
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_path_is_refused_for_what_is_no_image() -> None:
+    model = random_model()
+    model.__class__ = type("Latent", (pixeldit.PixelDiT,), {"sample_shape": (4, 2, 2)})
+    objective = Objective(path="energy_guided")
+    with pytest.raises(ConfigError, match=r"blurs images, and Latent flows to \[4, 2, 2\] instead of \[3, 8, 8\]"):
+        FlowMatching(model, objective, 11, 3)
 
 
 class Drawing(torch.nn.Module):

@@ -50,6 +50,11 @@ VARIANTS = {
     ),
     "patch autoregressor, bottleneck": dict(model=dict(PATCH_AR, head_width=16, bottleneck=4), objective=X),
 }
+GUIDED = dict(path="energy_guided", sigma0=2.0, release=[0.1, 0.9])
+VARIANTS |= {
+    "repa, energy guided": dict(VARIANTS["repa"], objective=GUIDED),
+    "jit, energy guided": dict(VARIANTS["jit"], objective=GUIDED | X),
+}
 COMMON = OmegaConf.from_dotlist(
     [
         "optimizer.schedule=constant",

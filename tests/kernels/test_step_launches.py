@@ -37,6 +37,7 @@ STEPS = {
     "odd": (
         pixeldit, dict(PIXELS, hidden_size=36, num_heads=3, pixel_hidden_size=12), "none", 12
     ),
+    "energy guided": (pixeldit, PIXELS, "none", 8),
     "jit": (jit, dict(SIZES, depth=3, bottleneck=8, context_length=2, context_start=1), "none", 8),
     "deco": (deco, dict(SIZES, patch_depth=2, decoder_width=8, decoder_depth=1), "none", 8),
 }  # fmt: skip
@@ -104,6 +105,8 @@ def objective(name: str) -> FlowMatching:
     model = system.build(system.Settings(**settings), image, CLASSES)
     wrap_blocks(model.blocks(), recompute=recompute, compile_blocks=False)
     predict = Objective(predict="x", loss="v") if system is jit else Objective()
+    if name == "energy guided":
+        predict = Objective(path="energy_guided")
     return FlowMatching(model, predict, seed=5, null_class=CLASSES)
 
 
