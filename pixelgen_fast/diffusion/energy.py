@@ -73,46 +73,62 @@ class EnergyPath(NamedTuple):
         """
         x = widen(x)
         t = t.to(x.dtype)
-        spectrum = torch.fft.rfft2(x)
+        shape, spectrum = x.shape[-2:], torch.fft.rfft2(x)
         with torch.no_grad():
-            rows, columns = (self._exponents(axis, x) for axis in x.shape[-2:])
-            s, rate = self._heat_time(folded_energy(spectrum.detach(), x.shape[-1]), rows, columns, t)
-            rows = torch.fft.fftfreq(x.shape[-2], device=x.device, dtype=x.dtype).square() * self._scale
-            gain = _gaussian(s, rows, columns)[:, None]
-            slope = gain * -(rows[:, None] + columns) * rate[:, None, None, None]
-        shape = x.shape[-2:]
-        return Endpoint(torch.fft.irfft2(gain * spectrum, s=shape), torch.fft.irfft2(slope * spectrum, s=shape), t)
+            all_rows = torch.fft.fftfreq(shape[0], device=x.device, dtype=x.dtype)
+            rows, columns = (torch.fft.rfftfreq(n, device=x.device, dtype=x.dtype) for n in shape)
+            energy = folded_energy(spectrum.detach(), shape[1])
+            s, rate = self._heat_time(energy, Blur.of(self.sigma0, rows, columns), t)
+            blur = Blur.of(self.sigma0, all_rows, columns)
+            gain = blur.gain(s)
+            slope = gain * blur.logarithm() * rate[:, None, None]
+        x_star, x_rate = (torch.fft.irfft2(factor[:, None] * spectrum, s=shape) for factor in (gain, slope))
+        return Endpoint(x_star, x_rate, t)
 
-    @property
-    def _scale(self) -> float:
-        """A / 0.5, so that A r^2 is this times f_y^2 + f_x^2."""
-        return 2 * (math.pi * self.sigma0) ** 2
-
-    def _exponents(self, size: int, like: Tensor) -> Tensor:
-        """The part of A r^2 that one axis of `size` pixels has, for its frequencies from 0 up."""
-        return self._scale * torch.fft.rfftfreq(size, device=like.device, dtype=like.dtype).square()
-
-    def _heat_time(self, energy: Tensor, rows: Tensor, columns: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(s, ds/dt) [B] for energies [B, h, w] and the exponents of their rows [h] and columns [w]."""
+    def _heat_time(self, energy: Tensor, blur: Blur, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(s, ds/dt) [B] for the energies [B, h, w] of a grid of frequencies."""
         start, end = self.release
         share, share_rate = released((t - start) / (end - start))
-        last = _gaussian(torch.ones_like(t), rows, columns)
+        last = blur.gain(torch.ones_like(t))
+        root = energy.sqrt()
+        last_root = -root * last
 
-        def information(s: Tensor) -> Tensor:
-            return ((_gaussian(s, rows, columns) - last).square() * energy).sum(dim=(1, 2))
+        def distance(s: Tensor) -> Tensor:
+            """The root of I(s), in few kernels: the search is a chain of small ones."""
+            return torch.linalg.vector_norm(torch.addcmul(last_root, root, blur.gain(s)), dim=(1, 2))
 
-        total = information(torch.zeros_like(t))
-        low, high = torch.zeros_like(t), torch.ones_like(t)
-        for _ in range(self.bisections):
-            middle = (low + high) / 2
-            more = information(middle) > share * total
-            low, high = torch.where(more, middle, low), torch.where(more, high, middle)
-        s = torch.where(share >= 1 - NEAR, 0.0, torch.where(share <= NEAR, 1.0, (low + high) / 2))
-        gain = _gaussian(s, rows, columns)
-        slope = -2 * (energy * (gain - last) * gain * (rows[:, None] + columns)).sum(dim=(1, 2))
+        most = distance(torch.zeros_like(t))
+        wanted, s = share.sqrt() * most, torch.zeros_like(t)
+        for halving in range(1, self.bisections + 1):
+            middle = s + 2.0**-halving
+            s = torch.where(distance(middle) > wanted, middle, s)
+        s = torch.where(share >= 1 - NEAR, 0.0, torch.where(share <= NEAR, 1.0, s + 2.0 ** -(self.bisections + 1)))
+        gain, total = blur.gain(s), most.square()
+        slope = 2 * (energy * (gain - last) * gain * blur.logarithm()).sum(dim=(1, 2))
         held = (share_rate <= 0) | (total <= NO_ENERGY) | (slope.abs() <= NO_ENERGY)
         rate = share_rate / (end - start) * total / torch.where(held, 1.0, slope)
         return s, torch.where(held, 0.0, rate)
+
+
+class Blur(NamedTuple):
+    """G on a grid of frequencies, a product of two Gaussians: the logarithms at s = 1 of rows and columns, joined."""
+
+    parts: Tensor
+    rows: int
+
+    @classmethod
+    def of(cls, sigma0: float, rows: Tensor, columns: Tensor) -> Blur:
+        """rows [h], columns [w]: frequencies, in cycles per pixel."""
+        return cls(torch.cat([rows, columns]).square() * (-2 * (math.pi * sigma0) ** 2), len(rows))
+
+    def gain(self, s: Tensor) -> Tensor:
+        """G_s [B, h, w]."""
+        factors = torch.exp(s[:, None] * self.parts)
+        return factors[:, : self.rows, None] * factors[:, None, self.rows :]
+
+    def logarithm(self) -> Tensor:
+        """-A r^2 [h, w]."""
+        return self.parts[: self.rows, None] + self.parts[self.rows :]
 
 
 def energy_path(kind: PathKind, sigma0: float, release: tuple[float, float]) -> EnergyPath | None:
@@ -138,8 +154,3 @@ def folded_energy(spectrum: Tensor, width: int) -> Tensor:
     half = energy[:, : height // 2 + 1].clone()
     half[:, 1 : (height + 1) // 2] += energy[:, height // 2 + 1 :].flip(1)
     return half
-
-
-def _gaussian(s: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """G_s [B, rows, columns] from the exponents of rows and columns at s = 1: a product of one Gaussian for each."""
-    return torch.exp(-s[:, None] * rows)[:, :, None] * torch.exp(-s[:, None] * columns)[:, None, :]
