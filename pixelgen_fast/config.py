@@ -110,10 +110,16 @@ class Alignment:
     # the patch block, counted from 1, after which the generator's tokens are read; 0: a DINO student's own tokens
     layer: int = at_least(0, default=8)
     weight: float = above(0, default=0.5)
-    # none: the tokens themselves follow the teacher's, which must be as wide
-    projector: Literal["mlp", "none"] = "mlp"
-    # null: as wide as the generator
+    # the loss counts for the images of a run before this one; null: for all
+    stop_images: int | None = above(0, default=None)
+    # conv: a 3 x 3 convolution over the grid of tokens; none: the tokens themselves follow the teacher's, which must be
+    # as wide
+    projector: Literal["mlp", "conv", "none"] = "mlp"
+    # of an mlp; null: as wide as the generator
     projector_hidden: int | None = above(0, default=None)
+    # the share of their mean over an image's tokens that is taken from the teacher's features, before they are divided
+    # by their deviation over the tokens; null: they stay as they are
+    spatial_norm: float | None = within(0, 1, default=None)
     compile: bool = False
     # a folder to keep the teacher's features in, for data sets whose features fit on the disk
     cache: str | None = None
@@ -284,10 +290,17 @@ def validate(config: Config) -> None:
     _check_optimizer(config)
     _check_step(config)
     _check_interval(config.sample, "sample.")
-    d, a = config.data, config.alignment
-    if a.teacher is None and (a.weights or a.cache):
+    _check_alignment(config.alignment, config.data)
+
+
+def _check_alignment(a: Alignment, d: Data) -> None:
+    for key in ("weights", "cache", "stop_images", "spatial_norm"):
+        if a.teacher is None and getattr(a, key) is not None:
+            raise ConfigError(f"alignment.{key} is given, but alignment.teacher is null; name a teacher")
+    if a.projector != "mlp" and a.projector_hidden is not None:
         raise ConfigError(
-            "alignment.weights or alignment.cache is given, but alignment.teacher is null; name a teacher"
+            f"alignment.projector_hidden is {a.projector_hidden}, but alignment.projector {a.projector} has no hidden "
+            "layer; use projector=mlp, or projector_hidden=null"
         )
     if a.cache is not None and d.flip:
         raise ConfigError(

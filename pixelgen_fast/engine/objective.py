@@ -67,7 +67,7 @@ class TrainingObjective(nn.Module, ABC):
         """Whether a forward pass draws from torch's generator."""
         return self.model.draws
 
-    def seed_dropout(self, first: int) -> None:
+    def begin(self, first: int) -> None:
         """Begin a micro-batch whose first image has this number, before forward: seeds torch for a model that draws."""
         if self.draws:
             digest = hashlib.blake2b(f"dropout {self.seed} {first}".encode(), digest_size=8).digest()
@@ -98,7 +98,8 @@ class SequenceLoss(TrainingObjective):
 class FlowMatching(TrainingObjective):
     """Flow matching on a generator; its parts are "flow" and, where they are on, "frequency" and "alignment".
 
-    path: None is the linear one. Raises ConfigError for the energy-guided one of what is no image.
+    path: None is the linear one. aligns: whether the next micro-batch has images whose tokens follow the teacher's.
+    Raises ConfigError for the energy-guided path of what is no image.
     """
 
     def __init__(
@@ -118,6 +119,11 @@ class FlowMatching(TrainingObjective):
             self.weights["frequency"] = objective.frequency_weight
         if alignment is not None:
             self.weights["alignment"] = alignment.weight
+        self.aligns = alignment is not None
+
+    def begin(self, first: int) -> None:
+        super().begin(first)
+        self.aligns = self.alignment is not None and self.alignment.acts_at(first)
 
     def losses(self, images: Tensor, y: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         o = self.objective
@@ -153,8 +159,8 @@ class FlowMatching(TrainingObjective):
         return losses, tokens
 
     def _tapped(self, function: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor | None]:
-        """What the model answers, with the tokens at the alignment's layer if there is one."""
-        if self.alignment is None:
+        """What the model answers, with the tokens at the alignment's layer if they are to follow the teacher's."""
+        if not self.aligns:
             return function(*arguments), None
         return function(*arguments, tap=self.alignment.layer)
 

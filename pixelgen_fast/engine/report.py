@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -65,13 +66,13 @@ class Report:
         self.losses.zero_()
         loss, *others = [total / count if count else None for total in sums]
         batch, rate = p.config.train.global_batch, (nimg - interval.nimg) / seconds
-        alignment = p.objective.alignment
         self.metrics.write(
             {
                 "nimg": nimg,
                 "step": nimg // batch,
                 "loss": loss,
                 **{f"loss_{name}": mean for name, mean in zip(p.objective.columns, others, strict=True)},
+                **self._of_alignment(interval.nimg, nimg, seconds, dict(zip(p.objective.columns, others, strict=True))),
                 "grad_norm": float(p.engine.grad_norm),
                 "lr": learning_rate(p.config.optimizer, nimg - batch, p.total) * p.config.train.return_lr**self.returns,
                 "images_per_second": rate,
@@ -79,7 +80,6 @@ class Report:
                 "model_flops_share": rate * p.image_flops / (self.peak * p.world) if p.rank == 0 else 0.0,
                 "memory_bytes": memory_used(p.device),
                 "loader_wait_share": interval.waited(loader) / seconds,
-                **({"teacher_share": alignment.stopwatch.take() / seconds} if alignment is not None else {}),
                 "skipped_steps": int(p.engine.skipped),
                 "replaced_images": len(loader.replaced),
                 **({"returns": self.returns} if p.config.train.returns else {}),
@@ -87,6 +87,24 @@ class Report:
         )
         self._try_again()
         return seconds
+
+    def _of_alignment(self, first: int, last: int, seconds: float, means: dict[str, float | None]) -> dict[str, Any]:
+        """The columns of feature alignment for the images [first, last), where there is one.
+
+        means: over all of these images, of which the loss acts on a share: loss_alignment is that of the share, None
+        where there is none. Says once that the loss has ended.
+        """
+        alignment = self.parts.objective.alignment
+        if alignment is None:
+            return {}
+        columns: dict[str, Any] = {"teacher_share": alignment.stopwatch.take() / seconds}
+        if alignment.stop is None:
+            return columns
+        share, mean = alignment.share(first, last), means["alignment"]
+        if share < 1 and first < alignment.stop:
+            self.say(f"the alignment loss has ended at image {alignment.stop:,} (alignment.stop_images)")
+        loss = mean / share if share and mean is not None else None
+        return columns | {"loss_alignment": loss, "aligned_share": share}
 
     def grid(self, path: Path, nimg: int, requested: Callable[[], bool]) -> bool:
         """A labelled grid on fixed noise from the first average of the weights, drawn by rank 0. All ranks call it.

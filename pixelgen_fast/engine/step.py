@@ -29,14 +29,14 @@ def training_step(
 ) -> Tensor:
     """One optimizer step on the micro-batches of this rank. Nothing here waits for the device.
 
-    objective: the module that the engine trains. first_numbers: the number of each micro-batch's first image, which
-    seeds the dropout of a model that has it. at: told which part of the step begins.
+    objective: the module that the engine trains. first_numbers: the number of each micro-batch's first image.
+    at: told which part of the step begins.
     Returns float32 [2 + parts], on the device: how many micro-batches had a finite loss, the sum of their losses, and
     of each part of it where there are several.
     """
     sums = torch.zeros(2 + len(objective.columns), device=batches[0].images.device)
     for batch, number in zip(batches, first_numbers, strict=True):
-        objective.seed_dropout(number)
+        objective.begin(number)
         at("forward")
         loss = engine(batch.images, batch.labels, batch.numbers)
         finite = torch.isfinite(loss.detach())

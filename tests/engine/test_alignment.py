@@ -1,6 +1,5 @@
-"""Feature alignment: loss and gradients by hand, the teacher's place in a run, and the cache of its features."""
+"""Feature alignment: loss and gradients by hand, and the teacher's place in a run."""
 
-import json
 import os
 import subprocess
 import sys
@@ -12,19 +11,21 @@ import torch
 from support.golden import relative
 from support.runs import DIGITS, TINY, newest, rows, train
 from support.teachers import write_teacher
-from torch import Tensor
+from torch import Tensor, nn
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast import models
 from pixelgen_fast.cli import main
-from pixelgen_fast.data.index import PackedIndex
-from pixelgen_fast.data.order import position
 from pixelgen_fast.data.roots import open_root
-from pixelgen_fast.data.source import Source
-from pixelgen_fast.dino.network import load_dino
-from pixelgen_fast.dino.teacher import Teacher
-from pixelgen_fast.engine.alignment import FeatureAlignment, alignment_loss, build_alignment, resize_tokens
-from pixelgen_fast.engine.features import FeatureCache
+from pixelgen_fast.engine.alignment import (
+    ConvProjector,
+    FeatureAlignment,
+    alignment_loss,
+    build_alignment,
+    make_projector,
+    normalise_over_tokens,
+    resize_tokens,
+)
 from pixelgen_fast.runs import draw
 from pixelgen_fast.runs.checkpoint import read_weights
 
@@ -57,9 +58,8 @@ def test_loss_and_gradients_by_hand() -> None:
     B, L, D, H, E = 3, 4, 5, 6, 7
     features = torch.randn(B, L, E, dtype=torch.float64)
     tokens = torch.randn(B, L, D, dtype=torch.float64, requires_grad=True)
-    module = FeatureAlignment(
-        lambda images, numbers: features, width=D, features=E, hidden=H, layer=1, weight=0.5, device=CPU
-    ).double()
+    projector = make_projector("mlp", D, E, H)
+    module = FeatureAlignment(lambda *_: features, projector, width=D, layer=1, weight=0.5, device=CPU).double()
     loss_B = module(tokens, torch.empty(0), torch.empty(0))
     loss_B.mean().backward()
 
@@ -93,10 +93,66 @@ def test_loss_and_gradients_by_hand() -> None:
 
 def test_the_cosine_is_taken_in_float32() -> None:
     torch.manual_seed(0)
-    a, b = torch.randn(2, 3, 8).bfloat16(), torch.randn(2, 3, 8).half()
+    a, b = torch.randn(2, 3, 768).bfloat16().requires_grad_(), (1e3 * torch.randn(2, 3, 768)).half()
     loss = alignment_loss(a, b)
     assert loss.dtype == torch.float32
-    assert relative(loss.double(), alignment_loss(a.double(), b.double())) < 1e-6
+    exact = a.detach().double().requires_grad_()
+    wanted = alignment_loss(exact, b.double())
+    assert relative(loss, wanted) < 1e-6
+    (gradient,), (expected,) = (torch.autograd.grad(x.sum(), y) for x, y in ((loss, a), (wanted, exact)))
+    assert relative(gradient, expected) < 2**-8  # its own digits
+
+
+def test_a_convolution_over_the_grid_by_hand() -> None:
+    """Nine products for each token, 0 beyond the border."""
+    projector = ConvProjector(3, 5).double()
+    tokens = torch.randn(2, 16, 3, dtype=torch.float64)
+    weight, bias = (p.detach().numpy() for p in (projector.conv.weight, projector.conv.bias))
+    grid = np.pad(tokens.numpy().reshape(2, 4, 4, 3), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    expected = np.zeros((2, 4, 4, 5)) + bias
+    for i, j in np.ndindex(3, 3):
+        expected += grid[:, i : i + 4, j : j + 4] @ weight[:, :, i, j].T
+    np.testing.assert_allclose(projector(tokens).detach(), expected.reshape(2, 16, 5), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6, 1.0])
+def test_features_are_normalised_over_the_tokens(share: float) -> None:
+    f = 5 + torch.randn(2, 9, 4, dtype=torch.float64)
+    expected = (f.numpy() - share * f.numpy().mean(axis=1, keepdims=True)) / f.numpy().std(axis=1, keepdims=True)
+    np.testing.assert_allclose(normalise_over_tokens(f, share), expected, rtol=1e-5, atol=1e-5)
+    half = normalise_over_tokens(f.half(), share)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, normalise_over_tokens(f.half().double(), share).float(), rtol=1e-4, atol=1e-4)
+    assert normalise_over_tokens(torch.ones(1, 9, 4), share).isfinite().all()
+    module = FeatureAlignment(lambda *_: f, nn.Identity(), width=4, layer=1, weight=1.0, device=CPU, spatial_norm=share)
+    tokens = torch.randn(2, 9, 4, dtype=torch.float64)
+    wanted = alignment_loss(tokens, torch.from_numpy(expected))
+    torch.testing.assert_close(module(tokens, torch.empty(0), torch.empty(0)), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv", "none"])
+def test_from_the_stop_on_the_loss_is_zero_and_the_teacher_rests(kind: str) -> None:
+    asked, numbers = [], torch.tensor([5, 6, 7])
+    module = FeatureAlignment(
+        lambda images, numbers: asked.append(numbers) or torch.ones(3, 4, 6) * torch.arange(6),
+        make_projector(kind, 6, 6, 5), width=6, layer=1, weight=1.0, device=CPU, stop=7,
+    )  # fmt: skip
+    tokens = torch.randn(3, 4, 6, requires_grad=True)
+    loss_B = module(tokens, torch.empty(0), numbers)
+    module.stop = None
+    whole_B = module(tokens, torch.empty(0), numbers)
+    assert torch.equal(loss_B[:2], whole_B[:2]) and loss_B[2] == 0 and len(asked) == 2
+    loss_B.sum().backward()
+    assert tokens.grad[:2].any() and not tokens.grad[2].any()
+    module.zero_grad()
+    nothing_B = module(None, torch.empty(0), numbers)
+    assert torch.equal(nothing_B, torch.zeros(3)) and len(asked) == 2
+    if kind != "none":
+        nothing_B.sum().backward()
+        assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
+    module.stop = 7
+    assert [module.acts_at(first) for first in (0, 6, 7, 8)] == [True, True, False, False]
+    assert [module.share(*ends) for ends in ((0, 7), (4, 8), (6, 10), (7, 9))] == [1, 0.75, 0.25, 0]
 
 
 def test_grids_that_differ() -> None:
@@ -148,15 +204,40 @@ def test_resume_is_bit_identical_and_export_loads(whole_run: Path, teacher_folde
     assert torch.equal(draw.load(tmp_path / "out").draw(labels), draw.load(whole_run).draw(labels))
 
 
+def test_a_run_whose_alignment_stops_resumes_bit_for_bit(teacher_folder: Path, tmp_path: Path) -> None:
+    """It stops inside a micro-batch of images 40 to 47; runs that end before, in and after that step go on alike."""
+    settings = [f"alignment.weights={teacher_folder}", "alignment.stop_images=44", "alignment.projector=conv",
+                "alignment.spatial_norm=1", "optimizer.weight_decay=0.1"]  # fmt: skip
+    whole = tmp_path / "whole"
+    assert main(command(whole, 80, *settings)) == 0
+    for parts in ((32, 80), (48, 80), (64, 80)):
+        folder = tmp_path / str(parts[0])
+        for images in parts:
+            assert main(command(folder, images, *settings)) == 0
+        for kind in ("raw", "ema_0.5"):
+            expected, found = read_weights(newest(whole), kind), read_weights(newest(folder), kind)
+            assert all(torch.equal(expected[name], found[name]) for name in expected)
+        assert [row["loss"] for row in rows(folder)] == [row["loss"] for row in rows(whole)]
+    found = rows(whole)
+    assert [row["aligned_share"] for row in found] == [1, 1, 0.75, 0, 0]
+    for row in found[:3]:
+        expected = row["loss_flow"] + 0.5 * row["aligned_share"] * row["loss_alignment"]
+        assert row["loss"] == pytest.approx(expected, rel=1e-6)
+    for row in found[3:]:
+        assert row["loss_alignment"] is None and row["loss"] == row["loss_flow"] and row["teacher_share"] == 0
+    assert found[2]["loss_alignment"] == pytest.approx(found[1]["loss_alignment"], rel=0.2)  # a mean over 12 images
+
+
 def test_resume_refuses_another_teacher(whole_run: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(command(whole_run, 64, "alignment.teacher=null")) == 2
     assert f"alignment.teacher ({V3} -> None); choose another run.dir" in capsys.readouterr().err
 
 
 def test_two_ranks_at_stage_3_end_the_same(teacher_folder: Path, tmp_path: Path) -> None:
-    """Two ranks fill one cache, and one rank reads it: weights to 1e-5."""
+    """Two ranks fill one cache, and one rank reads it: weights to 1e-5. In the last step only one of the two aligns."""
     folder = tmp_path / "two"
-    settings = [f"alignment.weights={teacher_folder}", f"alignment.cache={tmp_path / 'cache'}", "train.zero_stage=3"]
+    settings = [f"alignment.weights={teacher_folder}", f"alignment.cache={tmp_path / 'cache'}", "train.zero_stage=3",
+                "alignment.stop_images=52"]  # fmt: skip
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pixelgen_fast"]
     process = subprocess.run(
         [sys.executable, *launcher, *command(folder, 64, *settings)],
@@ -166,7 +247,7 @@ def test_two_ranks_at_stage_3_end_the_same(teacher_folder: Path, tmp_path: Path)
         timeout=200,
     )
     assert process.returncode == 0, process.stderr
-    assert np.count_nonzero(np.load(tmp_path / "cache" / "seals.npy")) == 64
+    assert np.count_nonzero(np.load(tmp_path / "cache" / "seals.npy")) == 56
     assert main(command(tmp_path / "one", 64, *settings)) == 0
     expected, found = (read_weights(newest(path), "raw") for path in (tmp_path / "one", folder))
     assert expected.keys() == found.keys()
@@ -188,8 +269,11 @@ def test_settings_that_do_not_fit(teacher_folder: Path, tmp_path: Path, capsys: 
     for override, message in wrong.items():
         with pytest.raises(cfg.ConfigError, match=message):
             cfg.load(DIGITS, [override], models.model_schema)
-    with pytest.raises(cfg.ConfigError, match="alignment.teacher is null"):
-        cfg.load(DIGITS, [weights], models.model_schema)
+    for given in (weights, "alignment.stop_images=9", "alignment.spatial_norm=1"):
+        with pytest.raises(cfg.ConfigError, match=f"{given.split('=')[0]} is given, but alignment.teacher is null"):
+            cfg.load(DIGITS, [given], models.model_schema)
+    with pytest.raises(cfg.ConfigError, match="alignment.projector conv has no hidden layer"):
+        cfg.load(DIGITS, ["alignment={projector: conv, projector_hidden: 8}"], models.model_schema)
     with pytest.raises(cfg.ConfigError, match="set data.flip=false"):
         cfg.load(DIGITS, ["alignment.teacher=x", "alignment.cache=y", "data.flip=true"], models.model_schema)
 
@@ -207,97 +291,6 @@ def test_the_projector_is_a_function_of_the_seed(teacher_folder: Path) -> None:
     assert torch.equal(projector(0), projector(0)) and not torch.equal(projector(0), projector(1))
     config = cfg.load(DIGITS, [*overrides, "alignment.teacher=null", "alignment.weights=null"], models.model_schema)
     assert build_alignment(config, models.build_model(config, 10), index, CPU) is None
-
-
-class Counted:
-    """A teacher that counts the images it is shown."""
-
-    def __init__(self, folder: Path) -> None:
-        self.teacher, self.shown = Teacher(load_dino(V3, str(folder)), 4, "cpu"), 0
-        self.grid, self.width, self.fingerprint = self.teacher.grid, self.teacher.width, self.teacher.fingerprint
-
-    def __call__(self, images: Tensor) -> Tensor:
-        self.shown += len(images)
-        return self.teacher(images)
-
-
-def packed(root: Path, count: int = 5, classes: tuple[str, ...] = ("a", "b")) -> PackedIndex:
-    root.mkdir()
-    np.save(root / "images.npy", np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), dtype=np.uint8))
-    np.save(root / "labels.npy", np.arange(count) % len(classes))
-    (root / "classes.json").write_text(json.dumps(classes))
-    return PackedIndex(root)
-
-
-def images_of(index: PackedIndex, cache: FeatureCache, numbers: Tensor) -> Tensor:
-    pixels = np.load(index.root / "images.npy")
-    return torch.from_numpy(pixels[[position(cache.sampler.seed, int(n), len(index)) for n in numbers]])
-
-
-def test_cached_features_are_the_teachers(teacher_folder: Path, tmp_path: Path) -> None:
-    """Each image is shown to the teacher once, over epochs, processes and seeds; float16 is all that it costs."""
-    index, folder = packed(tmp_path / "data"), tmp_path / "cache"
-    first = Counted(teacher_folder)
-    cache = FeatureCache(folder, first, index, seed=3, size=16, crop="none")
-    by_image = {}
-    for numbers in torch.arange(15).split(5):
-        images = images_of(index, cache, numbers)
-        found = cache(images, numbers)
-        assert found.dtype == torch.float16
-        assert torch.allclose(found.float(), first.teacher(images), rtol=2**-11, atol=2**-24)
-        for image, features in zip(images, found, strict=True):
-            assert torch.equal(by_image.setdefault(image.numpy().tobytes(), features), features)
-    assert first.shown == len(by_image) == 5
-
-    second = Counted(teacher_folder)
-    again = FeatureCache(folder, second, index, seed=8, size=16, crop="none")
-    for numbers in torch.arange(5, 13).split(3):
-        images = images_of(index, again, numbers)
-        for image, features in zip(images, again(images, numbers), strict=True):
-            assert torch.equal(by_image[image.numpy().tobytes()], features)
-    balanced = FeatureCache(folder, second, index, seed=8, size=16, crop="none", class_balanced=True)
-    source = Source(index, 8, size=16, crop="none", halvings=0, class_balanced=True)
-    images = torch.from_numpy(np.load(index.root / "images.npy")[[item.index for item in source.items(range(20))]])
-    for image, features in zip(images, balanced(images, torch.arange(20)), strict=True):
-        assert torch.equal(by_image[image.numpy().tobytes()], features)
-    assert second.shown == 0
-
-
-def test_damaged_rows_and_other_images_are_made_again(teacher_folder: Path, tmp_path: Path) -> None:
-    index, folder, numbers = packed(tmp_path / "data"), tmp_path / "cache", torch.arange(5)
-    counted = Counted(teacher_folder)
-    cache = FeatureCache(folder, counted, index, seed=3, size=16, crop="none")
-    images = images_of(index, cache, numbers)
-    expected = cache(images, numbers)
-    stored = np.load(folder / "features.npy", mmap_mode="r+")
-    stored[2, 0, 0] += 1
-    stored.flush()
-    assert torch.equal(cache(images, numbers), expected) and counted.shown == 5 + 1
-    assert torch.equal(cache(images, numbers), expected) and counted.shown == 6
-    other = images.clone()
-    other[1] = 255 - other[1]
-    changed = cache(other, numbers)
-    assert counted.shown == 7 and not torch.equal(changed[1], expected[1])
-    assert torch.equal(changed[[0, 2, 3, 4]], expected[[0, 2, 3, 4]])
-
-
-def test_a_cache_refuses_what_it_was_not_made_for(teacher_folder: Path, tmp_path: Path) -> None:
-    index, folder = packed(tmp_path / "data"), tmp_path / "cache"
-    FeatureCache(folder, Counted(teacher_folder), index, seed=0, size=16, crop="none")
-    other = Counted(write_teacher(tmp_path / "other", V3, 1))
-    with pytest.raises(cfg.ConfigError, match="filled for something else: teacher .* choose another folder"):
-        FeatureCache(folder, other, index, seed=0, size=16, crop="none")
-    relabelled = packed(tmp_path / "relabelled", classes=("a", "c"))
-    with pytest.raises(cfg.ConfigError, match="filled for something else: data [0-9a-f]+ -> [0-9a-f]+; choose"):
-        FeatureCache(folder, Counted(teacher_folder), relabelled, seed=0, size=16, crop="none")
-    larger = packed(tmp_path / "larger", count=6)
-    with pytest.raises(cfg.ConfigError, match=r"features \[5, 16, 48\] -> \[6, 16, 48\]"):
-        FeatureCache(folder, Counted(teacher_folder), larger, seed=0, size=16, crop="none")
-    with pytest.raises(cfg.ConfigError, match="image_size 16 -> 32; crop none -> adm"):
-        FeatureCache(folder, Counted(teacher_folder), index, seed=0, size=32, crop="adm")
-    with pytest.raises(cfg.ConfigError, match="is no feature cache"):
-        FeatureCache(tmp_path / "data", Counted(teacher_folder), index, seed=0, size=16, crop="none")
-    FeatureCache(folder, Counted(teacher_folder), index, seed=9, size=16, crop="none")
 
 
 def test_a_run_with_a_cache_repeats_itself(teacher_folder: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import nn
 from pixelgen_fast.config import ConfigError, Objective
 from pixelgen_fast.diffusion.energy import EnergyPath
 from pixelgen_fast.diffusion.path import to_unit
-from pixelgen_fast.engine.alignment import FeatureAlignment
+from pixelgen_fast.engine.alignment import FeatureAlignment, make_projector
 from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.models import pixeldit
 
@@ -95,9 +95,8 @@ def test_alignment_is_added_on_both_ways(body: str, monkeypatch: pytest.MonkeyPa
     features = torch.randn(3, 4, 5)
     alignment = FeatureAlignment(
         lambda images, numbers: features,
+        make_projector("mlp", 24, 5, 6),
         width=24,
-        features=5,
-        hidden=6,
         layer=1,
         weight=0.3,
         device=torch.device("cpu"),
@@ -226,7 +225,7 @@ def test_dropout_repeats_with_the_micro_batch_and_grounding_with_the_image() -> 
     images = torch.zeros(64, 8, 8, 3, dtype=torch.uint8)
 
     def loss(first: int) -> float:
-        module.seed_dropout(first)
+        module.begin(first)
         return float(module(images, torch.zeros(64, dtype=torch.int64), torch.arange(64) + 128).detach())
 
     assert loss(128) == loss(128) != loss(192)

@@ -11,7 +11,7 @@ from support.models import batch, tiny_of
 from pixelgen_fast.config import Objective
 from pixelgen_fast.diffusion.loss import flow_loss
 from pixelgen_fast.diffusion.path import add_noise
-from pixelgen_fast.engine.alignment import FeatureAlignment
+from pixelgen_fast.engine.alignment import FeatureAlignment, make_projector
 from pixelgen_fast.engine.metrics import forward_flops
 from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.engine.parallel import wrap_blocks
@@ -162,8 +162,8 @@ def test_the_loss_has_its_three_parts_and_reaches_every_weight() -> None:
     """Flow, frequency and alignment, as in the published recipe."""
     model = tiny()
     alignment = FeatureAlignment(
-        lambda images, numbers: torch.ones(2, 16, 5) * torch.arange(5),
-        width=24, features=5, hidden=6, layer=1, weight=0.5, device=torch.device("cpu"),
+        lambda images, numbers: torch.ones(2, 16, 5) * torch.arange(5), make_projector("mlp", 24, 5, 6),
+        width=24, layer=1, weight=0.5, device=torch.device("cpu"),
     )  # fmt: skip
     module = FlowMatching(model, Objective(class_drop=0.2, frequency_weight=1.0), 11, 3, alignment)
     images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
