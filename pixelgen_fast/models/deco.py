@@ -125,7 +125,7 @@ class DeCo(PatchTransformer):
         t_BD = self.t_embed(t)
         tokens, pixels = self.patch_embed(z)
         s_BLD, tapped = self.patch_stage(tokens, F.silu(t_BD + self.y_embed(y)), tap)
-        pixels_NP3 = self.decode(pixels, F.silu(t_BD[:, None] + s_BLD))
+        pixels_NP3 = self.decode_pixels(pixels, F.silu(t_BD[:, None] + s_BLD))
         prediction = unpatchify(pixels_NP3, self.grid, self.patch_size)
         return prediction if tap is None else (prediction, tapped)
 
@@ -135,7 +135,7 @@ class DeCo(PatchTransformer):
     def whole_modules(self) -> list[nn.Module]:
         return [*self.patch_blocks]
 
-    def decode(self, pixels_BLP3: Tensor, s_BLD: Tensor) -> Tensor:
+    def decode_pixels(self, pixels_BLP3: Tensor, s_BLD: Tensor) -> Tensor:
         """Noised pixels and the condition of their patch through the decoder: [B L, P, 3]."""
         y_NPC = rearrange(F.silu(self.condition(s_BLD)), "B L (P C) -> (B L) P C", P=self.patch_size**2)
         x_NPC = self.pixel_proj(self.pixel_embed(pixels_BLP3.flatten(0, 1), self.pixel_place))

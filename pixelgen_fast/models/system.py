@@ -39,6 +39,11 @@ def depth_setting(default: int, least: int = 1) -> Any:
     return at_least(least, default=default, most=1000)
 
 
+def shape_text(shape: Sequence[int]) -> str:
+    """The shape of a batch of these, for messages: [B, 3, 16, 16]."""
+    return f"[{', '.join(map(str, ('B', *shape)))}]"
+
+
 @dataclass
 class Settings:
     """What the settings of every system have; those of a system add its own and say the defaults."""
@@ -104,7 +109,8 @@ class BaseSystem(Float32Tables, ABC):
         side = self.image_size
         if tuple(z.shape[1:]) not in ((3, side, side), (side, side, 3)):
             name = type(self).__name__
-            raise ValueError(f"{name} was built for images [B, *{[3, side, side]}], got [B, *{list(z.shape[1:])}]")
+            wanted, found = shape_text((3, side, side)), shape_text(z.shape[1:])
+            raise ValueError(f"{name} was built for images {wanted}, got {found}")
 
     def check_tap(self, tap: int | None) -> None:
         """Raise ValueError for a tap that is no block of the model."""
