@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,18 @@ KEYS = ("alignment.teacher", "alignment.weights")
 _SECTIONS = ("state_dict", "model", "teacher")
 
 
-def load_dino(name: str, weights: str | None, keys: tuple[str, str] = KEYS) -> nn.Module:
+Renaming = Callable[[Mapping[str, Tensor], nn.Module, str], dict[str, Tensor]]
+
+
+def load_dino(
+    name: str,
+    weights: str | None,
+    keys: tuple[str, str] = KEYS,
+    *,
+    rename: Renaming = to_timm,
+    optional: Collection[str] = (),
+    **kwargs: Any,
+) -> nn.Module:
     """A vision transformer of timm with its weights, on the CPU in fp32, without a classifier.
 
     Under `torch.device("meta")`, where weights have no values, none are read or fetched.
@@ -36,33 +47,34 @@ def load_dino(name: str, weights: str | None, keys: tuple[str, str] = KEYS) -> n
     name: of timm, e.g. vit_base_patch14_dinov2.lvd142m or vit_small_patch16_dinov3.lvd1689m.
     weights: None for timm's own from the hub; "random" for a fixed random initialisation; a .safetensors or .pth file
     in timm's, Meta's or Hugging Face's key names; or a folder that `save_teacher` wrote, whose architecture is `name`.
-    keys: the settings that hold the two, for messages.
+    keys: the settings that hold the two, for messages. rename: names of a file to those of timm's network; other
+    networks than a DINO have others. optional: weights that a file need not have. kwargs: for timm.create_model.
     Raises ValueError for an unknown name, a file that cannot be read, and weights that are missing, extra or misshapen;
     ImportError without timm.
     """
     meta = torch.get_default_device().type == "meta"
     if weights is None:
-        return _create(name, keys, pretrained=not meta)
+        return _create(name, keys, pretrained=not meta, **kwargs)
     path = Path(weights)
     if weights == RANDOM:
-        return _create(name, keys)
+        return _create(name, keys, **kwargs)
     if not path.exists():
         raise InputError(
             f"{keys[1]} {weights}: no such file or folder; give a .safetensors or .pth file, a folder that "
             f"holds a teacher, {RANDOM!r}, or null to take them from the hub"
         )
     if not path.is_dir():
-        network = _create(name, keys)
+        network = _create(name, keys, **kwargs)
         if not meta:
-            _fill(network, to_timm(_read_state(path), network, str(path)), str(path))
+            _fill(network, rename(_read_state(path), network, str(path)), str(path), optional)
         return network
     about = _read_about(path)
     if about["architecture"] != name:
         raise InputError(f"{path} holds a {about['architecture']}, not a {name}; name it so in {keys[0]}")
     overlay = {"mean": about["mean"], "std": about["std"]}
-    network = _create(name, keys, pretrained_cfg_overlay=overlay, **about["kwargs"])
+    network = _create(name, keys, pretrained_cfg_overlay=overlay, **kwargs | about["kwargs"])
     if not meta:
-        _fill(network, to_timm(_read_state(path / "model.safetensors"), network, str(path)), str(path))
+        _fill(network, rename(_read_state(path / "model.safetensors"), network, str(path)), str(path), optional)
     return network
 
 
@@ -99,6 +111,25 @@ def copy_dino(name: str, weights: str | None, folder: str | Path) -> None:
     save_teacher(folder, network, architecture=name, kwargs=kwargs, mean=about["mean"], std=about["std"])
 
 
+def embed_patches(network: nn.Module, x: Tensor) -> Tensor:
+    """What the first block reads: [class, registers, patches] with positions, of x [B, 3, side, side]."""
+    tokens = network._pos_embed(network.patch_embed(x))
+    return network.norm_pre(tokens[0] if isinstance(tokens, tuple) else tokens)
+
+
+def rotary_table(network: nn.Module, grid: int) -> Tensor | None:
+    """The rotary table of grid x grid patches, which blocks of a DINOv3 take; None for networks that rotate nothing."""
+    rotary = getattr(network, "rope", None)
+    return None if rotary is None else rotary.get_embed(shape=(grid, grid))
+
+
+def block_outputs(network: nn.Module, tokens: Tensor, rope: Tensor | None) -> Iterator[Tensor]:
+    """The tokens after each block, from those that the first one reads."""
+    for block in network.blocks:
+        tokens = block(tokens) if rope is None else block(tokens, rope)
+        yield tokens
+
+
 def _create(name: str, keys: tuple[str, str] = KEYS, **kwargs: Any) -> nn.Module:
     """A timm model with a fixed input size and no classifier, its random weights the same each time."""
     try:
@@ -123,10 +154,10 @@ def _create(name: str, keys: tuple[str, str] = KEYS, **kwargs: Any) -> nn.Module
             ) from error
 
 
-def _fill(network: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    if wrong := misfits(state, network.state_dict()):
+def _fill(network: nn.Module, state: Mapping[str, Tensor], origin: str, optional: Collection[str] = ()) -> None:
+    if wrong := misfits(state, network.state_dict(), optional):
         raise InputError(f"{origin}: {len(wrong)} weights do not fit: {'; '.join(wrong[:10])}")
-    network.load_state_dict(state)
+    network.load_state_dict(state, strict=not optional)
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:

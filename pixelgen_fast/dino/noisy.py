@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pixelgen_fast.dino.network import block_outputs, embed_patches, rotary_table
 from pixelgen_fast.layers import Float32Tables, TimestepEmbedder
 
 Tuning = Literal["full", "lora", "frozen"]
@@ -76,19 +77,15 @@ class NoisyDino(Float32Tables):
         for name in ("mean", "std"):
             value = torch.tensor(network.pretrained_cfg[name])[:, None, None]
             self.register_buffer(name, value, persistent=False)
-        self.rotary = getattr(network, "rope", None) is not None
-        if self.rotary:
-            self.register_buffer("rope", network.rope.get_embed(shape=(grid, grid)), persistent=False)
+        self.register_buffer("rope", rotary_table(network, grid), persistent=False)
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        tokens = self.network.patch_embed(self.preprocess(z))
-        tokens = self.network._pos_embed(tokens)
-        tokens = self.network.norm_pre(tokens[0] if isinstance(tokens, tuple) else tokens)
+        tokens = embed_patches(self.network, self.preprocess(z))
         if self.time is not None:
             prefix, patches = tokens[:, : self.prefix - 1], tokens[:, self.prefix - 1 :]
             tokens = torch.cat([prefix, self.time(t)[:, None], patches], dim=1)
-        for block in self.network.blocks:
-            tokens = block(tokens, self.rope) if self.rotary else block(tokens)
+        for output in block_outputs(self.network, tokens, self.rope):
+            tokens = output
         return self.network.norm(tokens)[:, self.prefix :]
 
     def preprocess(self, z: Tensor) -> Tensor:
