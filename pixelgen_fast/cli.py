@@ -141,13 +141,15 @@ def _parser() -> argparse.ArgumentParser:
     imported.add_argument("--image-size", type=int, help="pixels a side (default: as the weights tell, or 256)")
     imported.add_argument("--weights", choices=("ema", "ema2", "raw"), default="ema", help="ema2: JiT's second average")
 
-    teacher = command(
-        "teacher", commands.teacher, "Train a small teacher for feature alignment on the images themselves."
-    )
-    teacher.add_argument("config", help="YAML file, for example configs/teacher_digits.yaml")
-    teacher.add_argument(
-        "overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file"
-    )
+    for name, function, text, example in (
+        ("teacher", commands.teacher, "Train a small teacher for feature alignment on the images.", "teacher_digits"),
+        ("latents", commands.latents, "Mean and variance of an encoder's latents over a data set.", "decoder_digits"),
+    ):
+        program = command(name, function, text)
+        program.add_argument("config", help=f"YAML file, for example configs/{example}.yaml")
+        program.add_argument(
+            "overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file"
+        )
 
     compare = command(
         "compare", commands.compare, "Train and judge several systems on the same images; write a page of it."

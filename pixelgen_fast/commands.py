@@ -203,6 +203,15 @@ def teacher(args: argparse.Namespace) -> int:
     return 0
 
 
+def latents(args: argparse.Namespace) -> int:
+    from pixelgen_fast.decoding import schema, statistics
+    from pixelgen_fast.signals import REQUEUE
+
+    said = statistics.compute(schema.load(args.config, args.overrides))
+    print(said or "stopped by a signal; the same command goes on from here")
+    return 0 if said else REQUEUE
+
+
 def compare(args: argparse.Namespace) -> int:
     from pixelgen_fast.compare import run, schema
     from pixelgen_fast.signals import REQUEUE
