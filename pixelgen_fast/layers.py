@@ -13,7 +13,15 @@ from collections.abc import Callable, Iterable
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from pixelgen_kernels import attention, noised_patch_projection, patch_projection, qk_norm_rope, swiglu, swiglu_linear
+from pixelgen_kernels import (
+    attention,
+    noised_patch_projection,
+    patch_projection,
+    qk_norm_rope,
+    rotate,
+    swiglu,
+    swiglu_linear,
+)
 from pixelgen_kernels.bodies import body
 from torch import Tensor, nn
 
@@ -69,10 +77,12 @@ class PatchEmbed(nn.Linear):
 class Attention(nn.Module):
     """Self-attention with a packed projection, QK-norm and rotary embedding. [B, L, D] -> [B, L, D].
 
-    dropout: in training, of the output.
+    dropout: in training, of the output. qk_norm: False rotates queries and keys as they are.
     """
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = False, dropout: float = 0.0) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, qkv_bias: bool = False, dropout: float = 0.0, qk_norm: bool = True
+    ) -> None:
         super().__init__()
         if dim % num_heads or (dim // num_heads) % 4:
             raise InputError(
@@ -81,12 +91,17 @@ class Attention(nn.Module):
             )
         self.num_heads, self.dropout = num_heads, dropout
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.q_norm = RMSNorm(dim // num_heads)
-        self.k_norm = RMSNorm(dim // num_heads)
+        self.q_norm = RMSNorm(dim // num_heads) if qk_norm else None
+        self.k_norm = RMSNorm(dim // num_heads) if qk_norm else None
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        q, k, v = qk_norm_rope(self.qkv(x_BLD), self.q_norm.weight, self.k_norm.weight, cos, sin, self.num_heads)
+        qkv, H = self.qkv(x_BLD), self.num_heads
+        if self.q_norm is None:
+            q, k, v = rearrange(qkv, "B L (three H d) -> three B L H d", three=3, H=H)
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        else:
+            q, k, v = qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, H)
         out_BLD = self.proj(rearrange(attention(q, k, v), "B L H d -> B L (H d)"))
         return F.dropout(out_BLD, self.dropout, self.training) if self.dropout else out_BLD
 
@@ -172,6 +187,24 @@ class TimestepEmbedder(nn.Module):
     def forward(self, t_B: Tensor) -> Tensor:
         embedding = timestep_embedding(t_B, self.FREQUENCIES, self.max_period)
         return self.mlp(embedding.to(self.mlp[0].weight.dtype))
+
+
+class FourierEmbedder(Float32Tables):
+    """[sin, cos] of 2 pi t times frequencies that were drawn once, then Linear, SiLU, Linear. t [B] -> [B, D].
+
+    The frequencies are standard normal, not trained, and belong to the weights (arXiv 2006.10739).
+    """
+
+    FREQUENCIES = 256
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.randn(self.FREQUENCIES))
+        self.mlp = nn.Sequential(nn.Linear(2 * self.FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        angle = 2 * math.pi * t_B[:, None].to(torch.promote_types(t_B.dtype, torch.float32)) * self.frequencies
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1).to(self.mlp[0].weight.dtype))
 
 
 def timestep_embedding(t_B: Tensor, dim: int, max_period: float) -> Tensor:

@@ -8,7 +8,7 @@ from pixelgen_kernels.patch_projection import noised_patch_projection, patch_pro
 from pixelgen_kernels.pixel_attention import PixelAttentionWeights, pixel_attention
 from pixelgen_kernels.pixel_mlp import pixel_mlp
 from pixelgen_kernels.pixel_modulate import pixel_modulate
-from pixelgen_kernels.qk_norm_rope import qk_norm_rope
+from pixelgen_kernels.qk_norm_rope import qk_norm_rope, rotate
 from pixelgen_kernels.swiglu import swiglu
 from pixelgen_kernels.swiglu_linear import swiglu_linear
 
@@ -24,6 +24,7 @@ __all__ = [
     "pixel_mlp",
     "pixel_modulate",
     "qk_norm_rope",
+    "rotate",
     "swiglu",
     "swiglu_linear",
 ]

@@ -41,7 +41,16 @@ def qk_norm_rope_reference(
 def _norm_rotate(x_BLHd: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     statistics = torch.promote_types(x_BLHd.dtype, torch.float32)
     norm = F.rms_norm(x_BLHd.to(statistics), weight.shape, weight.to(statistics), eps)
-    a, b = norm[..., 0::2], norm[..., 1::2]
+    return rotate(norm, cos, sin).to(x_BLHd.dtype)
+
+
+def rotate(x_BLHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """R x of every head, without a norm: [B, L, H, d] in x's dtype, computed in float32 or wider; cos, sin [L, d / 2].
+
+    In plain PyTorch: for networks that do not norm their queries and keys.
+    """
+    x = x_BLHd.to(torch.promote_types(x_BLHd.dtype, torch.float32))
+    a, b = x[..., 0::2], x[..., 1::2]
     cos, sin = cos[:, None], sin[:, None]
     rotated = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1)
     return rotated.flatten(-2).to(x_BLHd.dtype)

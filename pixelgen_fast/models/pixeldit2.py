@@ -6,8 +6,7 @@
              before the patches, without rotation; their condition is the mean of c over the patches
     output = Linear(RMSNorm(s) (1 + scale) + shift),  shift, scale = Linear(SiLU(c))                  p p 3 numbers
 
-A block is PixelDiT's with modulation Linear(SiLU(c)) of every token. norm_modulate takes one modulation for an image,
-so here a token is what an image is there: x [T, 1, D], modulation [T, D].
+A block is PixelDiT's with modulation Linear(SiLU(c)) of every token.
 Shapes: B batch, L patches, K class tokens, T = B L or B (K + L) tokens, D width, F = p p 3.
 """
 
@@ -19,16 +18,22 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
-from pixelgen_kernels import norm_modulate
 from torch import Tensor, nn
 
 from pixelgen_fast.dino.network import load_dino
 from pixelgen_fast.dino.noisy import NoisyDino
 from pixelgen_fast.errors import InputError
-from pixelgen_fast.layers import PatchEmbed, RMSNorm, TimestepEmbedder, rope_2d, small_, unpatchify, xavier_, zero_
+from pixelgen_fast.layers import PatchEmbed, TimestepEmbedder, rope_2d, small_, unpatchify, xavier_, zero_
 from pixelgen_fast.models import system
-from pixelgen_fast.models.blocks import TokenStream, TransformerBlock
+from pixelgen_fast.models.blocks import (
+    TokenBlock,
+    TokenHead,
+    TokenStream,
+    TransformerBlock,
+    by_image,
+    flatten,
+    one_by_one,
+)
 from pixelgen_fast.models.system import System, depth_setting
 from pixelgen_fast.settings import at_least, within
 
@@ -60,19 +65,6 @@ class Settings(system.Settings):
     weights: str | None = None
 
 
-class TokenBlock(TransformerBlock):
-    """The shared block, its modulation Linear(SiLU(c)) of each token; (x, branch, gate) in and out, x [T, 1, D]."""
-
-    def forward(
-        self, x: Tensor, branch: Tensor | None, gate: Tensor | None, c_TD: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return super().forward(x, branch, gate, F.silu(c_TD), cos, sin)
-
-    def attend(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        h = rearrange(h, "(B L) 1 D -> B L D", L=len(cos))
-        return rearrange(self.attn(h, cos, sin), "B L D -> (B L) 1 D")
-
-
 class Grounding(nn.Module):
     """P_g: the DINO's tokens [B, L, D'] and t [B] to a part of the condition [B, L, D]."""
 
@@ -86,20 +78,6 @@ class Grounding(nn.Module):
     def forward(self, features: Tensor, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         stream = self.block(self.enter(features), None, None, F.silu(self.t_embed(t)), cos, sin)
         return self.leave(TokenStream(*stream).settle())
-
-
-class Head(nn.Module):
-    """RMSNorm, modulation of each token, Linear to its pixels: x [T, 1, D], c [T, D] -> [T, 1, F]."""
-
-    def __init__(self, dim: int, pixels: int) -> None:
-        super().__init__()
-        self.norm = RMSNorm(dim)
-        self.modulation = nn.Linear(dim, 2 * dim)
-        self.linear = nn.Linear(dim, pixels)
-
-    def forward(self, x: Tensor, c_TD: Tensor) -> Tensor:
-        shift, scale = self.modulation(F.silu(c_TD)).chunk(2, dim=-1)
-        return self.linear(norm_modulate(x, self.norm.weight, shift, scale)[0])
 
 
 class PixelDiT2(System):
@@ -140,7 +118,7 @@ class PixelDiT2(System):
             TokenBlock(D, settings.num_heads, dropout=settings.dropout if i in middle else 0.0)
             for i in range(settings.depth)
         )
-        self.head = Head(D, 3 * p * p)
+        self.head = TokenHead(D, 3 * p * p)
 
         cos, sin = rope_2d(self.grid, self.grid, self.head_dim)
         none = torch.zeros(settings.context_length, cos.shape[1])
@@ -167,18 +145,19 @@ class PixelDiT2(System):
         K, L, tapped = self.context_length, self.grid**2, None
         y_BD = self.y_embed(y)
         c_BLD = self.condition(z, t, y_BD, ground)
-        c, cos, sin = flatten(c_BLD), self.rope_cos[K:], self.rope_sin[K:]
-        stream = TokenStream(flatten(self.patch_embed(z)[0])[:, None])
+        of_patches = flatten(F.silu(c_BLD))
+        c, cos, sin = of_patches, self.rope_cos[K:], self.rope_sin[K:]
+        stream = one_by_one(self.patch_embed(z)[0])
         for number, block in enumerate(self.patch_blocks):
             if number == self.context_start:
                 context = y_BD[:, None] + self.context_position
-                stream = TokenStream(flatten(torch.cat([context, by_image(stream, L)], dim=1))[:, None])
+                stream = one_by_one(torch.cat([context, by_image(stream, L)], dim=1))
                 mean = c_BLD.mean(dim=1, keepdim=True).expand(-1, K, -1)
-                c, cos, sin = flatten(torch.cat([mean, c_BLD], dim=1)), self.rope_cos, self.rope_sin
+                c, cos, sin = flatten(F.silu(torch.cat([mean, c_BLD], dim=1))), self.rope_cos, self.rope_sin
             stream = TokenStream(*block(*stream, c, cos, sin))
             if number + 1 == tap:
                 tapped = by_image(stream, len(cos))[:, -L:]
-        x_T1F = self.head(flatten(by_image(stream, len(cos))[:, -L:])[:, None], flatten(c_BLD))
+        x_T1F = self.head(*one_by_one(by_image(stream, len(cos))[:, -L:]), of_patches)
         prediction = unpatchify(x_T1F, self.grid, self.patch_size)
         return prediction if tap is None else (prediction, tapped)
 
@@ -200,16 +179,6 @@ class PixelDiT2(System):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self._dino[0]._apply(fn, recurse)
         return super()._apply(fn, recurse)
-
-
-def flatten(x_BLD: Tensor) -> Tensor:
-    """Tokens of all images in one list: [T, D]."""
-    return rearrange(x_BLD, "B L D -> (B L) D")
-
-
-def by_image(stream: TokenStream, length: int) -> Tensor:
-    """The tokens of a stream that has `length` of them an image: [B, length, D]."""
-    return rearrange(stream.settle(), "(B N) 1 D -> B N D", N=length)
 
 
 def build(settings: Settings, image_size: int, num_classes: int) -> PixelDiT2:
