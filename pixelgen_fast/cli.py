@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         "file", help="as published; weights keep their licence, NVIDIA's for PixelDiT is NSCLv1 (non-commercial)"
     )
     imported.add_argument("out", help="folder to write")
-    imported.add_argument("--system", required=True, help="pixeldit, jit or deco")
+    imported.add_argument("--system", required=True, help="pixeldit, jit, deco, ditdh or raev2")
     imported.add_argument("--image-size", type=int, help="pixels a side (default: as the weights tell, or 256)")
     imported.add_argument("--weights", choices=("ema", "ema2", "raw"), default="ema", help="ema2: JiT's second average")
 
@@ -222,13 +222,15 @@ def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", help="ema (default), raw, or one of several averages such as ema_0.9999")
     parser.add_argument("--steps", type=int, help="solver steps")
     parser.add_argument("--solver", choices=get_args(Solver))
-    parser.add_argument("--guidance", type=float, help="classifier-free guidance; 1 is none")
+    parser.add_argument("--guidance", type=float, help="guidance, away from the null class or --guide; 1 is none")
+    parser.add_argument("--guide", help="run or exported folder whose model guidance leads away from")
     parser.add_argument(
         "--interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help="times between which guidance acts"
     )
     parser.add_argument("--shift", type=float, help="time shift; above 1 spends more steps near the noise")
     parser.add_argument("--temperature", type=float, help="scale of the noise of sequential systems; 1 as trained")
     parser.add_argument("--passes", type=int, help="passes of a masked system for an image")
+    parser.add_argument("--end", type=float, help="time at which the flow is left, before the shift")
     parser.add_argument("--seed", type=int, help="seed of the initial noise")
     parser.add_argument("--batch", type=int, help="images drawn at once; what several processes share out")
     parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")

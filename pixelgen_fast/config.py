@@ -83,6 +83,8 @@ class Objective:
     time: TimeKind = "logit_normal"
     time_mean: float = 0.0
     time_std: float = above(0, default=1.0)
+    # times are drawn given that t, before the shift, is not below this
+    time_min: float = within(0, 1, open_high=True, default=0.0)
     # t / (t + (1 - t) shift): above 1 spends more of the training near the noise
     time_shift: float = above(0, default=1.0)
     noise_scale: float = above(0, default=1.0)
@@ -194,7 +196,10 @@ class Sampling:
 
     steps: int = above(0, default=100, most=100_000)
     solver: Solver = "adams2"
+    # leads away from the null class, from a weaker prediction that the model has of its own, or from another model
     guidance: float = 1.0
+    # a run or exported folder whose model, with the same label, guidance leads away from
+    guide: str | None = None
     # guidance acts where interval[0] < t < interval[1]; None: everywhere
     interval: tuple[float, float] | None = None
     shift: float = above(0, default=1.0)
@@ -202,6 +207,8 @@ class Sampling:
     temperature: float = at_least(0, default=1.0)
     # passes through the network in which a system that hides pieces draws an image
     passes: int = above(0, default=64, most=65_536)
+    # where the flow is left, before the shift: the image is what is there
+    end: float = within(0, 1, open_low=True, default=1.0)
     seed: int = within(*SEEDS, default=0)
     batch: int = above(0, default=64, most=1_000_000)
 

@@ -1,16 +1,17 @@
-"""From noise to images: time grid, solvers of dz/dt = v(z, t), classifier-free guidance, and the sampler.
+"""From noise to images: time grid, solvers of dz/dt = v(z, t), guidance, and the sampler.
 
-    grid      t_i = shift_time(i / N, shift), i = 0..N
+    grid      t_i = shift_time(end i / N, shift), i = 0..N
     euler     z += h v(z, t)
     heun      z += h (v(z, t) + v(z + h v(z, t), t + h)) / 2, the last step Euler (JiT); 2N - 1 evaluations
     adams2    z += h (3 v_i - v_{i-1}) / 2, the first step Euler: two-step Adams-Bashforth with these coefficients on a
               shifted grid too, which is PixelDiT's "FlowDPMSolver"; N evaluations
-    guidance  v = u + w (c - u) for lo < t < hi, else c (Ho & Salimans, arXiv 2207.12598; interval: Kynkäänniemi et al.,
-              arXiv 2404.07724); c and u are the velocities with the label and with the null class
+    guidance  v = u + w (c - u) for lo < t < hi, else c; c is the velocity with the label, u that with the null class
+              (Ho & Salimans, arXiv 2207.12598; interval: Kynkäänniemi et al., arXiv 2404.07724) or of a weaker
+              prediction with the same label (autoguidance: Karras et al., arXiv 2406.02507)
 
 The start of sample n is a function of (seed, n), so a sample does not depend on what shares its batch.
 
-Shapes: N samples in batches of B; z, v [B, 3, H, W]; t a Python number, shared by the batch.
+Shapes: N samples in batches of B; z, v [B, C, H, W]; t a Python number, shared by the batch.
 """
 
 from __future__ import annotations
@@ -32,13 +33,16 @@ from pixelgen_fast.settings import Solver
 
 Field = Callable[[Tensor, float], Tensor]
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+Pair = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def time_grid(steps: int, shift: float = 1.0) -> list[float]:
-    """Times of a run of `steps` steps: steps + 1 numbers from exactly 0 to exactly 1."""
+def time_grid(steps: int, shift: float = 1.0, end: float = 1.0) -> list[float]:
+    """Times of a run of `steps` steps: steps + 1 numbers from exactly 0 to shift_time(end), which is 1 for 1."""
     if steps < 1:
         raise InputError(f"sampling needs at least 1 step, got {steps}")
-    return [shift_time(i / steps, shift) for i in range(steps + 1)]
+    if not 0 < end <= 1:
+        raise InputError(f"the end of a grid of times must be in (0, 1], got {end}")
+    return [shift_time(end * (i / steps), shift) for i in range(steps + 1)]
 
 
 def euler(field: Field, z: Tensor, grid: Sequence[float]) -> Iterator[Tensor]:
@@ -81,6 +85,7 @@ def velocity_field(
     guidance: float = 1.0,
     interval: tuple[float, float] | None = None,
     null_class: int | None = None,
+    pair: Pair | None = None,
     predict: Prediction = "v",
     noise_scale: float = 1.0,
     t_eps: float = 0.05,
@@ -88,34 +93,47 @@ def velocity_field(
 ) -> Field:
     """The velocity that a network gives for these labels, guided where guidance applies.
 
-    model: (z [B,3,H,W], t [B], y [B]) -> [B,3,H,W], a prediction of `predict`. labels: int64 [B].
+    model: (z [B,C,H,W], t [B], y [B]) -> [B,C,H,W], a prediction of `predict`. labels: int64 [B].
     guidance: w; 1 is no guidance. interval: (lo, hi), both strict; None is everywhere. Where guidance does not apply
-    the unconditional network is not evaluated; where it does, one call holds [null class, label] as 2B images.
+    the model alone is evaluated.
+    pair: like model, but -> (weaker prediction, prediction), for guidance; None compares with the null class.
     path: of training, None the linear one; it matters where x is predicted.
-    Returns field(z [B,3,H,W], t) -> v [B,3,H,W]. Raises ValueError for guidance without a null class, an empty interval
-    or an unknown prediction.
+    Returns field(z [B,C,H,W], t) -> v [B,C,H,W]. Raises ValueError for guidance without pair and null class, an empty
+    interval or an unknown prediction.
     """
     check_prediction(predict, "predict")
-    if guidance != 1 and null_class is None:
-        raise InputError(f"guidance={guidance} compares with the null class: pass null_class, or guidance=1")
+    if pair is None and guidance != 1:
+        if null_class is None:
+            raise InputError(f"guidance={guidance} compares with the null class: pass null_class, or guidance=1")
+        pair = against_null_class(model, null_class)
     low, high = interval or (float("-inf"), float("inf"))
     if not low < high:
         raise InputError(f"guidance interval must be (low, high) with low < high, got ({low}, {high})")
 
-    def velocity(z: Tensor, t: float, y: Tensor) -> Tensor:
-        times = torch.full((z.shape[0],), t, dtype=z.dtype, device=z.device)
-        prediction = model(z, times, y)
+    def velocity(prediction: Tensor, z: Tensor, times: Tensor) -> Tensor:
         if path is not None and predict == "x":
             return path.endpoint(prediction, times).velocity_at(z, t_eps)
         return convert(prediction, z, times, predict, "v", noise_scale, t_eps)
 
     def field(z: Tensor, t: float) -> Tensor:
+        times = torch.full((z.shape[0],), t, dtype=z.dtype, device=z.device)
         if guidance == 1 or not low < t < high:
-            return velocity(z, t, labels)
-        u, c = velocity(torch.cat([z, z]), t, torch.cat([torch.full_like(labels, null_class), labels])).chunk(2)
+            return velocity(model(z, times, labels), z, times)
+        u, c = (velocity(prediction, z, times) for prediction in pair(z, times, labels))
         return u + guidance * (c - u)
 
     return field
+
+
+def against_null_class(model: Model, null_class: int) -> Pair:
+    """Both predictions by one call that holds [null class, label] as 2B images."""
+
+    def pair(z: Tensor, t: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        y = torch.cat([torch.full_like(labels, null_class), labels])
+        u, c = model(torch.cat([z, z]), torch.cat([t, t]), y).chunk(2)
+        return u, c
+
+    return pair
 
 
 @torch.no_grad()
@@ -131,28 +149,30 @@ def sample(
     guidance: float = 1.0,
     interval: tuple[float, float] | None = None,
     shift: float = 1.0,
+    end: float = 1.0,
     predict: Prediction = "v",
     noise_scale: float = 1.0,
     t_eps: float = 0.05,
     path: EnergyPath | None = None,
     null_class: int | None = None,
+    pair: Pair | None = None,
     device: torch.device | str = "cpu",
     batch: int = 64,
     progress: bool = False,
 ) -> Tensor:
     """Draw images: the same (seed, number, label) gives the same image whatever the batch and whatever else is drawn.
 
-    model: (z [B,3,H,W] float32, t [B] float32, y [B] int64) -> prediction [B,3,H,W] of `predict`, in eval mode.
-    numbers: int64 [N], the samples' numbers. labels: int64 [N]. shape: of one image, (3, H, W).
-    steps, solver, shift: see time_grid and SOLVERS. guidance, interval, null_class: see velocity_field; an interval of
-    (0, 1) leaves the very first evaluation, t = 0, unguided, because both ends are strict.
+    model: (z [B,C,H,W] float32, t [B] float32, y [B] int64) -> prediction [B,C,H,W] of `predict`, in eval mode.
+    numbers: int64 [N], the samples' numbers. labels: int64 [N]. shape: of one image, (C, H, W).
+    steps, solver, shift, end: see time_grid and SOLVERS. guidance, interval, null_class, pair: see velocity_field; an
+    interval of (0, 1) leaves the very first evaluation, t = 0, unguided, because both ends are strict.
     noise_scale, t_eps, path: as in training. batch: images per network call (2 x batch under guidance).
     progress: show a bar.
-    Returns float32 [N, 3, H, W] on the device, about [-1, 1] but not clipped: see to_uint8.
+    Returns float32 [N, C, H, W] on the device, pixels about [-1, 1] but not clipped: see to_uint8.
     Raises ValueError for an argument out of its range, before the network is called.
     """
     _check(model, numbers, labels, solver, batch)
-    grid = time_grid(steps, shift)
+    grid = time_grid(steps, shift, end)
     numbers, labels = numbers.to(device), labels.to(device)
     images = []
     with tqdm(total=steps * -(-len(numbers) // batch), desc="sample", unit="step", disable=not progress) as bar:
@@ -163,6 +183,7 @@ def sample(
                 guidance=guidance,
                 interval=interval,
                 null_class=null_class,
+                pair=pair,
                 predict=predict,
                 noise_scale=noise_scale,
                 t_eps=t_eps,

@@ -2,7 +2,8 @@
 
     t = sigmoid(mean + std n) or t = u;    then t <- t / (t + (1-t) shift);    label <- null where u' < probability
 
-with n standard normal and u, u' uniform, each from its own Philox stream. All are functions of (seed, image number), so
+with n standard normal and u, u' uniform, each from its own Philox stream. Where t has a least value, both are drawn
+given that t is not below it. All are functions of (seed, image number), so
 a resumed run, another world size or another micro-batch draws the same numbers. Logit-normal times are those of
 Esser et al., arXiv 2403.03206, section 3.1; a shift above 1 pushes times to noise (t=0), as larger images need.
 
@@ -42,15 +43,21 @@ def sample_times(
     std: float = 1.0,
     shift: float = 1.0,
     count: int | None = None,
+    least: float = 0.0,
 ) -> Tensor:
     """Training time of each image, or `count` of them.
 
-    numbers: int64 [B]. mean, std: of logit(t) before the shift; used by logit_normal only.
+    numbers: int64 [B]. mean, std: of logit(t) before the shift; used by logit_normal only. least: the least t, before
+    the shift.
     Returns float32 [B], or [B, count], in [0, 1]; the first of several is the one that an image has alone.
-    Raises ValueError for an unknown kind, a negative std or a non-positive shift.
+    Raises ValueError for an unknown kind, a negative std, a non-positive shift or a least time outside [0, 1).
     """
+    if not 0 <= least < 1:
+        raise ValueError(f"the least time must be in [0, 1), got {least}")
     if kind == "uniform":
-        t = philox.uniform(seed, numbers, philox.TIME, count or 1).double()
+        t = least + (1 - least) * philox.uniform(seed, numbers, philox.TIME, count or 1).double()
+    elif kind == "logit_normal" and least > 0:
+        t = truncated_logit_normal(philox.uniform(seed, numbers, philox.TIME, count or 1).double(), least, mean, std)
     elif kind == "logit_normal":
         if not std >= 0:
             raise ValueError(f"the standard deviation of logit(t) must be 0 or more, got {std}")
@@ -60,6 +67,17 @@ def sample_times(
         raise ValueError(f"time sampling {kind!r} is unknown; use 'logit_normal' or 'uniform'")
     t = shift_time(t, shift).float()
     return t[:, 0] if count is None else t
+
+
+def truncated_logit_normal(u: Tensor, least: float, mean: float = 0.0, std: float = 1.0) -> Tensor:
+    """The quantiles u of t = sigmoid(mean + std n), n standard normal, given that t is not below `least`.
+
+    u: in (0, 1), float64. Returns the same shape, float64. Raises ValueError for a std that is not above 0.
+    """
+    if not std > 0:
+        raise ValueError(f"the standard deviation of logit(t) must be above 0 where t has a least value, got {std}")
+    below = torch.special.ndtr((torch.logit(u.new_tensor(least)) - mean) / std)
+    return torch.sigmoid(mean + std * torch.special.ndtri(below + (1 - below) * u))
 
 
 def drop_labels(seed: int, numbers: Tensor, labels: Tensor, probability: float, null: int) -> Tensor:

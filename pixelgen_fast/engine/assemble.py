@@ -31,7 +31,7 @@ from pixelgen_fast.engine.optimizer import run_optimizer
 from pixelgen_fast.engine.parallel import wrap_blocks
 from pixelgen_fast.models.system import BaseSystem
 from pixelgen_fast.runs import checkpoint
-from pixelgen_fast.runs.draw import load_for_other_classes
+from pixelgen_fast.runs.draw import Generator, load_for_other_classes
 from pixelgen_fast.runs.export import read_exported
 from pixelgen_fast.runs.folder import RunFolder
 
@@ -97,6 +97,8 @@ def assemble(config: cfg.Config, heart: Heartbeat) -> Parts:
     flops = 3 * forward_flops(model)
     # refuses what was asked for and cannot run here, before anything is written
     operators = describe_operators(device, precision, model.head_dim)
+    if config.sample.guide is not None and rank == 0:
+        Generator(model, config, index.classes, "raw", 0).guide(config.sample.guide)
     _initialise(model, config.run.init, rank)
     wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=config.train.compile_blocks)
     alignment = build_alignment(config, model, index, device)

@@ -4,10 +4,11 @@
     loss = mean_b [ flow_loss(prediction, x, e, t) + w_f frequency_loss(v of prediction, v) + w_a alignment(tokens, x) ]
 
 The last two are optional (diffusion/frequency.py, engine/alignment.py). On the energy-guided path z and v are others,
-and a prediction of x is read as v by the same path (engine/pair.py). Time, noise, label drop and grounding drop are
-functions of (seed, image number); see diffusion/time.py. Dropout is one of (seed, number of the micro-batch's first
-image), so that a resumed run repeats it. A system that fuses its loss noises and compares inside its own operators for
-predict = v on the linear path, unless the frequency loss needs its prediction; any other is given z and asked.
+and a prediction of x is read as v by the same path (engine/pair.py). A system that guides itself has a weaker
+prediction beside its own, which learns by the flow loss too. Time, noise, label drop and grounding drop are functions
+of (seed, image number); see diffusion/time.py. Dropout is one of (seed, number of the micro-batch's first image), so
+that a resumed run repeats it. A system that fuses its loss noises and compares inside its own operators for predict =
+v on the linear path, unless the frequency loss needs its prediction; any other is given z and asked.
 Shapes: B images of one micro-batch, S x S pixels.
 """
 
@@ -96,7 +97,7 @@ class SequenceLoss(TrainingObjective):
 
 
 class FlowMatching(TrainingObjective):
-    """Flow matching on a generator; its parts are "flow" and, where they are on, "frequency" and "alignment".
+    """Flow matching on a generator; its parts are "flow" and, where they are on, "base", "frequency", "alignment".
 
     path: None is the linear one. aligns: whether the next micro-batch has images whose tokens follow the teacher's.
     Raises ConfigError for the energy-guided path of what is no image.
@@ -115,6 +116,8 @@ class FlowMatching(TrainingObjective):
         if self.path is not None:
             _check_pixels(model)
         self.weights = {"flow": 1.0}
+        if model.guides_itself:
+            self.weights["base"] = 1.0
         if objective.frequency_weight > 0:
             self.weights["frequency"] = objective.frequency_weight
         if alignment is not None:
@@ -127,7 +130,7 @@ class FlowMatching(TrainingObjective):
 
     def losses(self, images: Tensor, y: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         o = self.objective
-        t = sample_times(self.seed, numbers, o.time, o.time_mean, o.time_std, o.time_shift)
+        t = sample_times(self.seed, numbers, o.time, o.time_mean, o.time_std, o.time_shift, least=o.time_min)
         fused = self.path is None and o.predict == "v" and o.frequency_weight == 0 and self.model.fuses_loss
         losses, tokens = (self._inside if fused else self._outside)(images, t, y, numbers)
         if self.alignment is not None:
@@ -150,10 +153,13 @@ class FlowMatching(TrainingObjective):
         x, e = Noising(numbers, t, self.seed, o.noise_scale).pair(self.model.encode(images))
         pair = LinearPair(o, x, e, t) if self.path is None else EnergyPair(o, self.path, x, e, t)
         drop = self.model.grounding_drop
-        ground = {} if drop is None else {"ground": ~chosen(self.seed, numbers, drop, philox.GROUNDING_DROP)}
-        model = partial(self.model, **ground)
-        prediction, tokens = self._tapped(model, pair.z.to(next(self.model.parameters()).dtype), t, y)
-        losses = {"flow": pair.flow(prediction)}
+        options = {} if drop is None else {"ground": ~chosen(self.seed, numbers, drop, philox.GROUNDING_DROP)}
+        if self.model.guides_itself:
+            options["both"] = True
+        model = partial(self.model, **options)
+        answer, tokens = self._tapped(model, pair.z.to(next(self.model.parameters()).dtype), t, y)
+        prediction, *weaker = answer if self.model.guides_itself else (answer,)
+        losses = {name: pair.flow(p) for name, p in zip(("flow", "base"), (prediction, *weaker), strict=False)}
         if o.frequency_weight > 0:
             losses["frequency"] = frequency_loss(*pair.velocities(prediction), o.frequency_quality)
         return losses, tokens

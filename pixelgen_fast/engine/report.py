@@ -148,7 +148,9 @@ class Report:
         try:
             return self.drawer.draw(labels, before_pass=before_pass), labels
         finally:
-            model.cpu()  # between grids its memory is the run's
+            # between grids their memory is the run's
+            for idle in (model, *(guide.model for guide in self.drawer.guides.values())):
+                idle.cpu()
 
     def _save_grid(self, images: Tensor, labels: Tensor, path: Path) -> None:
         columns = self.parts.config.sample.grid_per_class

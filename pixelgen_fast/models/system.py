@@ -129,6 +129,9 @@ class System(BaseSystem):
 
     # velocity_loss noises and compares inside the model's own operators
     fuses_loss: ClassVar[bool] = False
+    # forward(..., both=True) gives a pair (prediction, weaker prediction) as the prediction: both learn by the same
+    # loss, and guidance leads away from the weaker one instead of from the null class
+    guides_itself: ClassVar[bool] = False
     # how often training hides the grounding from an image, for a forward(..., ground=bool [B]) that takes it
     grounding_drop: float | None = None
 
@@ -176,6 +179,7 @@ class SequentialSystem(BaseSystem):
 
     loss_weights: ClassVar[dict[str, float]] = {"loss": 1.0}
     used_objective: Collection[str] = frozenset({"class_drop"})
+    used_sampling: Collection[str] = BaseSystem.used_sampling - {"end", "guide"}
 
     @abstractmethod
     def forward(

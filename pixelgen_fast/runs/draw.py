@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from pixelgen_fast import config as cfg
 from pixelgen_fast import errors
 from pixelgen_fast.config import Sampling
 from pixelgen_fast.diffusion.energy import energy_path
-from pixelgen_fast.diffusion.solver import sample, to_uint8
+from pixelgen_fast.diffusion.path import convert
+from pixelgen_fast.diffusion.solver import Model, Pair, sample, to_uint8
 from pixelgen_fast.dino.kept import with_kept_dino
 from pixelgen_fast.models import build_model, model_schema
-from pixelgen_fast.models.system import BaseSystem, SequentialSystem
+from pixelgen_fast.models.system import BaseSystem, SequentialSystem, System
 from pixelgen_fast.runs.checkpoint import RUN, CheckpointError, ema_key, find, read_state, read_weights
 from pixelgen_fast.runs.export import GeneratorError, read_exported
 from pixelgen_fast.runs.folder import ABOUT, CHECKPOINTS, MODEL_PREFIX, names_a_folder
@@ -29,13 +30,17 @@ _LARGEST_TABLES = 2**32
 
 @dataclass
 class Generator:
-    """A model in evaluation mode, the configuration it was trained with, and the names of its classes."""
+    """A model in evaluation mode, the configuration it was trained with, and the names of its classes.
+
+    guides: those that it has been guided by, by their folder.
+    """
 
     model: BaseSystem
     config: cfg.Config
     classes: list[str]
     weights: str
     nimg: int
+    guides: dict[str, Generator] = field(default_factory=dict)
 
     def draw(self, labels: Tensor, **options: Any) -> Tensor:
         """Images of the given classes, uint8 [N, S, S, 3]; see `batches`."""
@@ -77,6 +82,9 @@ class Generator:
         """Samples of these numbers [n] and labels [n], float32 [n, 3, S, S] on the model's device."""
         o, like = self.config.objective, next(self.model.parameters())
         if isinstance(self.model, SequentialSystem):
+            if settings["guide"] is not None:
+                name = self.config.model.system
+                raise GeneratorError(f"sample.guide is {settings['guide']}, and no model guides a {name}; leave it out")
             drawn = (labels.to(like.device), numbers.to(like.device))
             with torch.no_grad():
                 return self.model.draw(*drawn, Sampling(**settings), o, before_pass)
@@ -89,6 +97,7 @@ class Generator:
             network,
             numbers,
             labels,
+            pair=self._pair(network, settings["guide"], before_pass) if settings["guidance"] != 1 else None,
             shape=self.model.sample_shape,
             predict=o.predict,
             noise_scale=o.noise_scale,
@@ -96,16 +105,65 @@ class Generator:
             path=energy_path(o.path, o.sigma0, o.release),
             null_class=len(self.classes),
             device=like.device,
-            **{name: value for name, value in settings.items() if name in self.model.used_sampling},
+            **{name: value for name, value in settings.items() if name in self.model.used_sampling and name != "guide"},
         )
         with torch.no_grad():
             return self.model.decode(x)
+
+    def _pair(self, network: Model, guide: str | None, before_pass: Callable[[], object]) -> Pair | None:
+        """The weaker prediction and the model's own, where it is not the null class that guidance leads away from."""
+        if guide is not None:
+            return against_model(network, self.guide(guide), self.config.objective)
+        if not self.model.guides_itself:
+            return None
+        dtype = next(self.model.parameters()).dtype
+
+        def pair(z: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+            before_pass()
+            prediction, weaker = self.model(z.to(dtype), t, y, both=True)
+            return weaker, prediction
+
+        return pair
+
+    def guide(self, path: str) -> Generator:
+        """The generator of sample.guide, where the model is. Raises GeneratorError for one that does not fit."""
+        if path not in self.guides:
+            self.guides[path] = load(path)
+            check_guide(self, self.guides[path], path)
+        found = self.guides[path]
+        found.model.to(next(self.model.parameters()).device)
+        return found
 
     def _check_labels(self, labels: Tensor) -> None:
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < len(self.classes):
             raise ValueError(
                 f"labels run from {int(labels.min())} to {int(labels.max())}; classes are 0 to {len(self.classes) - 1}"
             )
+
+
+def check_guide(generator: Generator, guide: Generator, path: str) -> None:
+    """Raise GeneratorError, naming what differs, for a guide of other samples, classes or noise."""
+
+    def kind(g: Generator) -> dict[str, Any]:
+        shape = [*g.model.sample_shape] if isinstance(g.model, System) else "no flow"
+        scale = g.config.objective.noise_scale
+        return {"samples": shape, "number of classes": len(g.classes), "objective.noise_scale": scale}
+
+    own, theirs = kind(generator), kind(guide)
+    if wrong := [f"{name} {theirs[name]} instead of {own[name]}" for name in own if own[name] != theirs[name]]:
+        raise GeneratorError(f"sample.guide {path} does not go with this model: {'; '.join(wrong)}")
+
+
+def against_model(network: Model, guide: Generator, objective: cfg.Objective) -> Pair:
+    """The guide's prediction, read as the network's kind, and the network's own. objective: of the network."""
+    theirs, dtype = guide.config.objective, next(guide.model.parameters()).dtype
+
+    def pair(z: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        weaker = guide.model(z.to(dtype), t, y)
+        scale = objective.noise_scale
+        return convert(weaker, z, t, theirs.predict, objective.predict, scale, theirs.t_eps), network(z, t, y)
+
+    return pair
 
 
 def load(path: str | Path, weights: str | None = None, device: torch.device | str = "cpu") -> Generator:
@@ -139,7 +197,8 @@ def load(path: str | Path, weights: str | None = None, device: torch.device | st
     _check_size(config, state, len(about["classes"]), path)
     model = build_model(config, len(about["classes"]))
     load_weights(model, state, str(path))
-    dtype = next(iter(state.values())).dtype
+    # of the parameters: tables keep their own
+    dtype = next(state[name].dtype for name, _ in model.named_parameters() if name in state)
     return Generator(model.to(device, dtype).eval(), config, about["classes"], about["weights"], about["nimg"])
 
 

@@ -84,6 +84,16 @@ def test_time_grid_is_the_linspace(steps):
     assert shifted[0] == 0 and shifted[-1] == 1 and shifted == sorted(shifted)
 
 
+def test_a_grid_may_end_before_data():
+    """RAE's 50 times from its formula, there from t = 1, noise: s(1 - 0.999 i / 49) with s(t) = a t / (1 + (a-1) t)."""
+    a = 768**0.5 / 4
+    t = 1 - 0.999 * np.arange(50) / 49
+    np.testing.assert_allclose(1 - np.array(solver.time_grid(49, a, 0.999)), a * t / (1 + (a - 1) * t), atol=1e-14)
+    z, halves = torch.ones(2), solver.time_grid(4, end=0.5)
+    assert halves == [0, 0.125, 0.25, 0.375, 0.5]
+    torch.testing.assert_close(last(solver.euler(lambda z, t: torch.ones_like(z), z, halves)), z + 0.5)
+
+
 class Counter:
     """A network that answers with its label and remembers how many images each call held and at which time."""
 
@@ -117,6 +127,22 @@ def test_evaluations_of_a_guided_run(guidance, interval, images):
     arguments = {"seed": 0, "shape": (3, 2, 2), "steps": 10, "solver": "euler", "null_class": 10}
     solver.sample(model, torch.arange(5), torch.arange(5), guidance=guidance, interval=interval, **arguments)
     assert sum(count for count, *_ in model.calls) == images
+
+
+def test_guidance_leads_away_from_a_weaker_prediction():
+    """w + g (p - w) where guidance applies, and the model alone elsewhere; the null class is never asked for."""
+    model, labels = Counter(), torch.tensor([1, 2, 3])
+
+    def pair(z: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return model(z, t, y) / 4, model(z, t, y)
+
+    field = solver.velocity_field(model, labels, guidance=3.0, interval=(0.25, 0.75), pair=pair)
+    assert field(torch.zeros(3, 3, 2, 2), 0.5)[:, 0, 0, 0].tolist() == [y / 4 + 3.0 * (y - y / 4) for y in (1, 2, 3)]
+    assert field(torch.zeros(3, 3, 2, 2), 0.25)[:, 0, 0, 0].tolist() == [1, 2, 3]
+    assert [y for _, _, y in model.calls] == [[1, 2, 3]] * 3
+    arguments = {"seed": 0, "shape": (3, 2, 2), "steps": 2, "solver": "euler", "pair": pair}
+    drawn, plain = (solver.sample(model, labels, labels, guidance=g, **arguments) for g in (3.0, 1.0))
+    assert torch.allclose(drawn - plain, 1.5 * labels[:, None, None, None].float(), atol=1e-5)
 
 
 @pytest.mark.parametrize("predict", ["v", "x", "e"])
@@ -263,6 +289,7 @@ def test_bad_arguments_are_named_before_the_network_is_called():
         (r"low < high, got \(0.9, 0.1\)", {"interval": (0.9, 0.1)}),
         ("predict='velocity' is not a prediction", {"predict": "velocity"}),
         ("time shift must be a positive number, got 0", {"shift": 0}),
+        ("the end of a grid of times must be in (0, 1], got 0".replace("(", r"\(").replace("]", r"\]"), {"end": 0}),
         ("batch must be at least 1 image, got 0", {"batch": 0}),
     ]:
         with pytest.raises(ValueError, match=match):

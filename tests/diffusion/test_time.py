@@ -29,6 +29,19 @@ def test_logit_normal_times_follow_their_law(mean, std, shift):
     assert stats.kstest(special.logit(t.numpy()), "norm", (mean - np.log(shift), std)).pvalue > 1e-3
 
 
+@pytest.mark.parametrize(("mean", "std", "least"), [(0.0, 1.0, 0.001), (0.0, 1.0, 0.4), (-0.8, 0.8, 0.3)])
+def test_truncated_times_follow_their_law(mean, std, least):
+    """logit(t) is a normal, given that t is not below the least time: Kolmogorov-Smirnov; the shift comes after."""
+    t = time.sample_times(SEED, torch.arange(20_000), "logit_normal", mean, std, least=least)
+    assert t.dtype == torch.float32 and least <= t.min() and t.max() < 1
+    law = stats.truncnorm((special.logit(least) - mean) / std, np.inf, mean, std)
+    assert stats.kstest(special.logit(t.numpy()), law.cdf).pvalue > 1e-3
+    shifted = time.sample_times(SEED, torch.arange(20_000), "logit_normal", mean, std, 3.0, least)
+    torch.testing.assert_close(shifted, t / (t + 3 * (1 - t)))
+    uniform = time.sample_times(SEED, torch.arange(20_000), "uniform", least=least)
+    assert stats.kstest(uniform.numpy(), "uniform", (least, 1 - least)).pvalue > 1e-3
+
+
 def test_uniform_times_follow_their_law():
     t = time.sample_times(SEED, torch.arange(20_000), "uniform")
     assert stats.kstest(t.numpy(), "uniform").pvalue > 1e-3
@@ -105,5 +118,9 @@ def test_bad_arguments_are_named():
     for shift in (0.0, -2.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=f"time shift must be a positive number, got {shift}"):
             time.sample_times(SEED, numbers, shift=shift)
+    with pytest.raises(ValueError, match=r"least time must be in \[0, 1\), got 1"):
+        time.sample_times(SEED, numbers, least=1.0)
+    with pytest.raises(ValueError, match=r"standard deviation.* got 0"):
+        time.sample_times(SEED, numbers, std=0.0, least=0.1)
     with pytest.raises(ValueError, match=r"probability must be in .* got 1\.5"):
         time.drop_labels(SEED, numbers, numbers, 1.5, 10)

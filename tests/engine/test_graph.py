@@ -95,7 +95,7 @@ def test_two_steps_in_a_row_are_the_same_operators(name: str, body: str) -> None
 class Reads(nn.Module):
     """The identity on images, with one number that goes through the host."""
 
-    fuses_loss = draws = False
+    fuses_loss = draws = guides_itself = False
     grounding_drop = None
     encode = staticmethod(to_unit)
 

@@ -18,7 +18,7 @@ CONFIG = pixeldit.Settings(hidden_size=24, num_heads=2, patch_depth=1, patch_siz
 class Opaque(nn.Module):
     """A model that offers its prediction only."""
 
-    fuses_loss = draws = False
+    fuses_loss = draws = guides_itself = False
     grounding_drop = None
     encode = staticmethod(to_unit)
 
@@ -64,6 +64,32 @@ def test_noising_inside_the_operators_is_the_same_objective(
     assert fused.item() == pytest.approx(plain.item(), rel=1e-5)
     for (name, p), gradient in zip(model.named_parameters(), expected, strict=True):
         assert relative(p.grad, gradient) < 1e-4, name
+
+
+class Twofold(Opaque):
+    """A model whose weaker prediction is half of its prediction."""
+
+    guides_itself = True
+
+    def forward(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor, both: bool) -> tuple[torch.Tensor, ...]:
+        prediction = self.inner(z, t, y)
+        return prediction, prediction / 2
+
+
+@pytest.mark.parametrize("objective", [Objective(), Objective(predict="x", noise_scale=1.5, time_min=0.2)])
+def test_a_weaker_prediction_learns_by_the_same_loss(objective: Objective) -> None:
+    """Two predictions p and p / 2 have the losses of two models that say so."""
+    model = random_model()
+    both = FlowMatching(Twofold(model), objective, seed=11, null_class=3)
+    assert both.weights == {"flow": 1.0, "base": 1.0}
+    total = both(*batch()).item()
+    flow = FlowMatching(Opaque(model), objective, seed=11, null_class=3)(*batch()).item()
+    with torch.no_grad():
+        model.head.linear.weight /= 2
+        model.head.linear.bias /= 2
+    base = FlowMatching(Opaque(model), objective, seed=11, null_class=3)(*batch()).item()
+    assert both.parts["flow"].item() == pytest.approx(flow, rel=1e-5)
+    assert both.parts["base"].item() == pytest.approx(base, rel=1e-5) and total == pytest.approx(flow + base, rel=1e-5)
 
 
 def test_tapped_tokens_are_those_after_the_block() -> None:
@@ -207,7 +233,7 @@ def test_the_path_is_refused_for_what_is_no_image() -> None:
 class Drawing(torch.nn.Module):
     """A generator that draws: dropout, and grounding which is handed to it."""
 
-    draws, grounding_drop = True, 0.5
+    draws, grounding_drop, guides_itself = True, 0.5, False
     encode = staticmethod(to_unit)
 
     def __init__(self) -> None:
