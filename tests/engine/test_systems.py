@@ -19,6 +19,7 @@ DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 V3 = "vit_small_patch16_dinov3_qkvb"
 DINO = dict(dino=V3, weights="{teacher}")
 SMALL = dict(hidden_size=24, num_heads=2, patch_size=4)
+LATENT = dict(SMALL, head_width=32, head_heads=2, head_depth=1, latent_channels=48, encoder="patches")
 PIXELDIT = dict(SMALL, pixel_hidden_size=8, pixel_depth=1)
 STUDENT = dict(PIXELDIT, system="dino_student", **DINO)
 FOLLOW = dict(teacher=V3, weights="{teacher}", layer=0, projector="none")
@@ -38,6 +39,16 @@ VARIANTS = {
         model=dict(SMALL, system="pixeldit2", depth=2, context_length=2, context_start=1, **DINO), objective=X
     ),
     "jit": dict(model=dict(SMALL, system="jit", depth=2, bottleneck=8, context_length=2, context_start=1), objective=X),
+    "ditdh": dict(
+        model=dict(LATENT, system="ditdh", depth=1),
+        objective=dict(time_min=0.001, time_shift=2.0),
+        sample=dict(solver="euler", end=0.999, shift=2.0),
+    ),
+    "raev2": dict(
+        model=dict(LATENT, system="raev2", depth=2, time_tokens=1, class_tokens=2, base_depth=1),
+        objective=X,
+        sample=dict(guidance=1.78, interval=[-1.0, 0.9]),
+    ),
     "deco": dict(
         model=dict(SMALL, system="deco", patch_depth=1, decoder_width=8, decoder_depth=1),
         objective=dict(frequency_weight=1.0),

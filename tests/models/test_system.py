@@ -12,6 +12,7 @@ from torch import nn
 from pixelgen_fast import models
 from pixelgen_fast.diffusion.loss import flow_loss
 from pixelgen_fast.diffusion.path import Noising
+from pixelgen_fast.diffusion.solver import to_uint8
 from pixelgen_fast.models.system import BaseSystem, Settings, System
 from pixelgen_fast.runs.draw import load_for_other_classes
 
@@ -51,7 +52,7 @@ def test_settings_name_their_system_and_say_every_default(name: str) -> None:
 
 
 def test_it_predicts_an_image_and_offers_its_tokens(model: System) -> None:
-    z, t, y = batch()
+    z, t, y = batch(shape=model.sample_shape)
     with torch.no_grad():
         plain = model.eval()(z, t, y)
         assert plain.shape == z.shape and plain.isfinite().all()
@@ -60,12 +61,12 @@ def test_it_predicts_an_image_and_offers_its_tokens(model: System) -> None:
             assert torch.equal(prediction, plain) and tokens.shape == (2, 16, model.tap_width(tap))
         with pytest.raises(ValueError, match="tap"):
             model(z, t, y, tap=model.tap_depth + 1)
-        with pytest.raises(ValueError, match="built for images"):
-            model(z[..., :12], t, y)
+        with pytest.raises(ValueError, match="was built for"):
+            model(z[..., :-1], t, y)
 
 
 def test_a_null_class_is_a_class_of_its_own(model: System) -> None:
-    z, t, _ = batch()
+    z, t, _ = batch(shape=model.sample_shape)
     with torch.no_grad():
         first, none = (model.eval()(z, t, torch.full((2,), y)) for y in (0, 3))
     assert not torch.equal(first, none)
@@ -88,15 +89,16 @@ def test_other_classes_begin_anew_and_the_rest_of_the_weights_does_not(any_model
 def test_every_block_is_a_module_of_the_model_and_every_trained_weight_gets_a_gradient(model: System) -> None:
     modules = set(map(id, model.modules()))
     assert model.blocks() and all(id(block) in modules for block in (*model.blocks(), *model.whole_modules()))
-    z, t, y = batch()
+    z, t, y = batch(shape=model.sample_shape)
     torch.manual_seed(0)
-    model.train()(z, t, y).square().mean().backward()
+    predictions = model.train()(z, t, y, both=True) if model.guides_itself else (model.train()(z, t, y),)
+    sum(prediction.square().mean() for prediction in predictions).backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_what_is_drawn_in_training_is_said(model: System) -> None:
     """A model that says it draws nothing gives the same twice; the trainer would not seed it."""
-    z, t, y = batch()
+    z, t, y = batch(shape=model.sample_shape)
     ground = {} if model.grounding_drop is None else {"ground": torch.tensor([True, False])}
     with torch.no_grad():
         same = torch.equal(model.train()(z, t, y, **ground), model(z, t, y, **ground))
@@ -115,6 +117,24 @@ def test_a_fused_loss_is_that_of_the_prediction(model: System) -> None:
     assert torch.equal(e.flatten(1), philox.normal(7, noising.numbers, philox.NOISE, 768))
     expected = weight * flow_loss(model(z, t, y), x, e, t, predict="v", loss_space="v")
     torch.testing.assert_close(model.velocity_loss(images, y, noising, weight), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_encoded_images_have_the_shape_of_samples_and_are_decoded_to_what_they_were(model: System) -> None:
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    x = model.encode(images)
+    assert x.shape == (2, *model.sample_shape) and x.dtype == torch.float32
+    assert torch.equal(to_uint8(model.decode(x)), images)
+
+
+def test_a_system_that_guides_itself_gives_its_prediction_and_a_weaker_one(model: System) -> None:
+    if not model.guides_itself:
+        return
+    z, t, y = batch(shape=model.sample_shape)
+    with torch.no_grad():
+        prediction, weaker = model.eval()(z, t, y, both=True)
+        assert torch.equal(prediction, model(z, t, y)) and not torch.allclose(prediction, weaker)
+        (again, _), tokens = model(z, t, y, tap=1, both=True)
+        assert torch.equal(again, prediction) and tokens.shape == (2, 16, model.tap_width(1))
 
 
 def test_tables_keep_float32_when_the_model_is_cast(model: System) -> None:

@@ -1,5 +1,6 @@
 """Models of every system small enough for tests, their weights at no special value."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, get_type_hints
 
@@ -16,6 +17,14 @@ TINY = {
     "pixeldit2": dict(hidden_size=24, num_heads=2, depth=4, patch_size=4, context_length=3, context_start=1),
     "patch_ar": dict(
         hidden_size=24, num_heads=2, depth=2, patch_size=4, class_tokens=2, head_width=16, head_depth=2
+    ),
+    "ditdh": dict(
+        hidden_size=24, num_heads=2, depth=2, head_width=32, head_heads=2, head_depth=1,
+        patch_size=4, latent_channels=48, encoder="patches",
+    ),
+    "raev2": dict(
+        hidden_size=24, num_heads=2, depth=3, head_width=32, head_heads=2, head_depth=1, time_tokens=2, class_tokens=3,
+        base_depth=2, patch_size=4, latent_channels=48, encoder="patches",
     ),
     "dino_student": dict(
         hidden_size=24, num_heads=2, patch_depth=2, patch_size=4, pixel_hidden_size=8, pixel_depth=1
@@ -45,8 +54,8 @@ def tiny_of(system: str, **settings: Any) -> Any:
     return partial(tiny, system, **settings)
 
 
-def batch(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
-    """(z, t, y) of two images of 16 pixels, the second without a class."""
+def batch(dtype: torch.dtype = torch.float32, shape: Sequence[int] = (3, 16, 16)) -> tuple[Tensor, Tensor, Tensor]:
+    """(z, t, y) of two noised samples, the second without a class."""
     generator = torch.Generator().manual_seed(1)
-    z = torch.randn(2, 3, 16, 16, generator=generator, dtype=dtype)
+    z = torch.randn(2, *shape, generator=generator, dtype=dtype)
     return z, torch.rand(2, generator=generator, dtype=dtype), torch.tensor([0, 3])
