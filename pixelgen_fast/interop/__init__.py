@@ -31,8 +31,7 @@ __all__ = [
     "settings",
 ]
 
-SYSTEMS = ("pixeldit", "jit", "deco")
-CLASS_TABLE = "y_embedder.embedding_table.weight"  # in all of them
+SYSTEMS = ("pixeldit", "jit", "deco", "ditdh", "raev2")
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +44,7 @@ def public(system: str) -> PublicForm:
 
 
 def from_reference(system: str, config: Mapping[str, Any], state_dict: State) -> nn.Module:
-    """A model from weights in the published layout, called as module(x [B, 3, S, S], t [B], y int64 [B]).
+    """A model from weights in the published layout, called as the public network: module(x, t [B], y int64 [B]).
 
     system: one of SYSTEMS. config: the constructor arguments of the public code plus image_size, as listed in the
     system's PublicForm.config. state_dict: keys without the prefix that they have in the file.
@@ -60,6 +59,8 @@ def from_reference(system: str, config: Mapping[str, Any], state_dict: State) ->
         {name: state_dict[name] for name in wanted},
         lambda state: form.to_native(state, settings),
         fixed,
+        form.frozen,
+        form.call,
     )
 
 
@@ -89,8 +90,8 @@ def _kinds(content: dict[Any, Any], form: PublicForm, path: Path) -> dict[str, d
     """{kind: weights without prefix} of what a file holds. Raises InputError naming the keys that are none."""
     if content and all(isinstance(value, Tensor) for value in content.values()):
         state, prefixes = plain_names(content, str(path)), [*form.prefixes.values()]
-        if CLASS_TABLE in state:
-            return {"raw": state}
+        if form.class_table in state:
+            return {form.bare: state}
         # prefixes that are one tell nothing of the kind
         own = {kind: state for kind, prefix in form.prefixes.items() if prefixes.count(prefix) == 1}
         sections: dict[str, Any] = own or {"raw": state}
@@ -126,7 +127,7 @@ def native(system: str, published: State) -> tuple[dict[str, Tensor], Any, int]:
     """
     form = public(system)
     config = form.config_of(published)
-    table = published.get(CLASS_TABLE)
+    table = published.get(form.class_table)
     num_classes = 1000 if table is None else table.shape[0] - 1
     size = image_size(system, published)
     fixed = {} if size is None else form.fixed(config, size)

@@ -35,6 +35,11 @@ class PublicForm:
     and all}, of a file as the public code writes it.
     image_size_of(state, settings): the image size, where weights tell.
     fixed(settings, image_size): {public name: table}, for what the file holds and the model computes.
+    frozen: names in the file that are not trained, and that the model cannot compute.
+    class_table: public name of the weight with a row for each class, the last for no class. bare: the kind of a file of
+    weights alone, under names without prefix.
+    call(net, x, t, y): what the public network answers, by the native one net(z, t, y); t = 0 may be data there.
+    to_public(weights, settings): public weights of native ones, without the fixed tables; None where there is no way.
     sections(settings, image_size): {section of a run's configuration: its settings}, with which the weights draw.
     """
 
@@ -47,4 +52,9 @@ class PublicForm:
     read: Callable[[Any, Mapping[str, str]], dict[str, State]] = lightning
     image_size_of: Callable[[State, Any], int | None] = lambda state, settings: None
     fixed: Callable[[Any, int], dict[str, Tensor]] = lambda settings, image_size: {}
+    frozen: tuple[str, ...] = ()
+    class_table: str = "y_embedder.embedding_table.weight"
+    bare: str = "raw"
+    call: Callable[[Callable[..., Any], Tensor, Tensor, Tensor], Any] = lambda net, x, t, y: net(x, t, y)
+    to_public: Callable[[State, Any], dict[str, Tensor]] | None = None
     sections: Callable[[Any, int], dict[str, dict[str, Any]]] = lambda settings, image_size: {}

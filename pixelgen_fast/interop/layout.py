@@ -20,9 +20,10 @@ Shapes = dict[str, tuple[int, ...]]
 class PublicLayout(nn.Module):
     """A model whose parameters keep the names and shapes of a published checkpoint.
 
-    forward(x, t, y) follows the public convention (t = 0 is noise) and its gradients arrive under the public names;
-    the computation is the native model's, on tensors packed on the fly. `native_state()` gives the packed weights.
-    fixed: names in the state that are tables, not parameters.
+    forward(x, t, y) follows the public convention and its gradients arrive under the public names; the computation is
+    the native model's, on tensors packed on the fly. `native_state()` gives the packed weights.
+    fixed: names in the state that are tables of the model's. frozen: those of its weights that are not trained.
+    call: as PublicForm has it.
     """
 
     def __init__(
@@ -31,12 +32,14 @@ class PublicLayout(nn.Module):
         state: State,
         to_native: Callable[[State], dict[str, Tensor]],
         fixed: Iterable[str] = (),
+        frozen: Iterable[str] = (),
+        call: Callable[[Callable[..., Any], Tensor, Tensor, Tensor], Any] = lambda net, x, t, y: net(x, t, y),
     ) -> None:
         super().__init__()
         self._native = [native]  # in a list, so that its own parameters are not registered a second time
-        self._to_native = to_native
-        self._fixed = frozenset(fixed)
-        self._names = [name for name in state if name not in self._fixed]
+        self._to_native, self._call = to_native, call
+        self._tables = {*fixed, *frozen}
+        self._names = [name for name in state if name not in frozenset(fixed)]
         for name, value in state.items():
             self._register(name, value.detach().clone())
 
@@ -47,17 +50,18 @@ class PublicLayout(nn.Module):
             if part not in module._modules:
                 module.add_module(part, nn.Module())
             module = module._modules[part]
-        if name in self._fixed:
+        if name in self._tables:
             module.register_buffer(leaf, value)
         else:
             module.register_parameter(leaf, nn.Parameter(value))
 
     def native_state(self) -> dict[str, Tensor]:
-        parameters = dict(self.named_parameters())
-        return self._to_native({name: parameters[name] for name in self._names})
+        weights = {**dict(self.named_parameters()), **dict(self.named_buffers())}
+        return self._to_native({name: weights[name] for name in self._names})
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return functional_call(self._native[0], self.native_state(), (x, t, y))
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Any:
+        state = self.native_state()
+        return self._call(lambda *z, **options: functional_call(self._native[0], state, z, options), x, t, y)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self._native[0]._apply(fn, recurse)
