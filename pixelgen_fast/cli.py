@@ -129,6 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", help="folder to write")
     export.add_argument("--weights", help="ema (default), raw, or one of several averages such as ema_0.9999")
     export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    export.add_argument(
+        "--format",
+        choices=("folder", "public"),
+        default="folder",
+        help="public: one file, OUT, as the code of ditdh or raev2 reads it",
+    )
 
     imported = command(
         "import", commands.import_published, "Convert a published checkpoint to the form that export writes."

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pixelgen_fast.engine.team import Team
     from pixelgen_fast.eval.digits import DigitsReport
     from pixelgen_fast.eval.fid import FidReport
+    from pixelgen_fast.runs.draw import Generator
 
 _SAMPLING = [field.name for field in fields(cfg.Sampling)]
 
@@ -166,9 +167,34 @@ def export(args: argparse.Namespace) -> int:
     loaded = draw.load(args.run, args.weights)
     model = loaded.model.to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
     out = Path(args.out)
+    if args.format == "public":
+        return _export_public(loaded, out)
     export.export(out, model.state_dict(), loaded.config, loaded.classes, loaded.weights, loaded.nimg)
     draw.load(out)
     print(f"{out}: model.safetensors ({loaded.weights}, {args.dtype}) and config.json, read back")
+    return 0
+
+
+def _export_public(loaded: Generator, out: Path) -> int:
+    """Write the weights alone, under their public names, in the format of torch."""
+    import torch
+
+    from pixelgen_fast import interop
+
+    if out.exists():
+        raise errors.InputError(f"{out}: exists; choose another file or remove it")
+    c = loaded.config
+    system, size = c.model.system, c.data.image_size
+    state = interop.to_public(system, loaded.model.state_dict(), c.model, size)
+    wanted = interop.settings(system, c.model, size)["objective"].get("predict", "v")
+    if c.objective.predict != wanted:
+        raise errors.InputError(
+            f"objective.predict is {c.objective.predict}, and a published {system} predicts {wanted}: its code would "
+            "take these weights for something else"
+        )
+    with replaced(out) as work:
+        torch.save(state, work)
+    print(f"{out}: {len(state)} tensors ({loaded.weights}) under their public names")
     return 0
 
 

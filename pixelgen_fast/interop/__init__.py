@@ -1,4 +1,4 @@
-"""Published checkpoints in: their names, packing and files, and models that keep them.
+"""Published checkpoints in, and weights out in their form: names, packing and files, and models that keep them.
 
 A published file is converted by renaming keys and packing tensors; the maths is unchanged, and so is the licence of
 the weights. A system that has a public form is one module here, under the name of its models/ module, with a PublicForm
@@ -29,6 +29,7 @@ __all__ = [
     "native",
     "read_published",
     "settings",
+    "to_public",
 ]
 
 SYSTEMS = ("pixeldit", "jit", "deco", "ditdh", "raev2")
@@ -135,6 +136,17 @@ def native(system: str, published: State) -> tuple[dict[str, Tensor], Any, int]:
     check_state(published, form.public_shapes(config, size or config.patch_size, num_classes), fixed)
     weights = {name: value for name, value in published.items() if name not in fixed}
     return form.to_native(weights, config), config, num_classes
+
+
+def to_public(system: str, weights: State, config: Any, image_size: int) -> dict[str, Tensor]:
+    """Native weights as a published state dict, complete with its tables: the inverse of `native`.
+
+    Raises InputError for a system whose published form is only read.
+    """
+    form = public(system)
+    if form.to_public is None:
+        raise InputError(f"system: the public layout of {system!r} is only read, not written")
+    return {**form.fixed(config, image_size), **form.to_public(weights, config)}
 
 
 def image_size(system: str, published: State) -> int | None:

@@ -178,6 +178,6 @@ FORM = PublicForm(
     frozen=("t_embedder.W",),
     bare="ema",
     call=lambda net, x, t, y: -net(x, 1 - t, y),
-    to_public=lambda weights, settings: unpack(packing(settings), weights),
+    to_public=lambda weights, settings: unpack(packing(settings, len(weights["y_embed.weight"]) - 1), weights),
     sections=sections,
 )

@@ -137,6 +137,6 @@ FORM = PublicForm(
     class_table=CLASS_TABLE,
     bare="ema",
     call=call,
-    to_public=lambda weights, settings: unpack(packing(settings), weights),
+    to_public=lambda weights, settings: unpack(packing(settings, len(weights["y_embed.weight"]) - 1), weights),
     sections=sections,
 )
