@@ -28,6 +28,7 @@ from pixelgen_fast.engine.keeper import Keeper
 from pixelgen_fast.engine.report import Interval, Report
 from pixelgen_fast.engine.schedule import learning_rate
 from pixelgen_fast.engine.step import training_step
+from pixelgen_fast.models import model_schema
 from pixelgen_fast.runs import checkpoint
 from pixelgen_fast.runs.owner import Owner
 from pixelgen_fast.signals import REQUEUE, StopRequest
@@ -276,7 +277,7 @@ class Trainer:
                 )
             return
         state = checkpoint.read_state(path, checkpoint.RUN)
-        changed = differences(state["config"], cfg.to_dict(self.config))
+        changed = differences(with_defaults(state["config"]), cfg.to_dict(self.config))
         fixed = [key for key in changed if key.startswith("model.") or key in FIXED]
         if averages(state["config"], path) != {*self.config.optimizer.ema}:
             fixed.append("optimizer.ema")
@@ -351,6 +352,14 @@ def data_changes(old: Any, new: dict[str, Any]) -> list[str]:
         before = old.get("order", "an earlier version's, which it does not name")
         changes.append(f"the order of the images has changed: {before} -> {new['order']}")
     return changes
+
+
+def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's configuration with the defaults of settings that are newer; as it is where it is none of today."""
+    try:
+        return cfg.to_dict(cfg.from_dict(saved, model_schema))
+    except cfg.ConfigError:
+        return saved
 
 
 def averages(config: dict[str, Any], path: Path) -> set[float]:

@@ -5,7 +5,10 @@
     pixels = pixel blocks (embed(pixels of z) + position, SiLU(embed(t) + s))    P pixels of C channels a patch
     output = Linear(RMSNorm(pixels))                                     3 channels a pixel
 
-Shapes: B batch, L patches, P pixels per patch, N = B L, D width, C pixel channels, H heads.
+With registers, K learned tokens stand before the patches in the patch blocks, without rotation, and end there: room for
+what belongs to no patch (arXiv 2309.16588, and for transformers on pixels 2605.16147).
+
+Shapes: B batch, L patches, P pixels per patch, N = B L, D width, C pixel channels, H heads, K registers.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from pixelgen_kernels import (
@@ -40,7 +44,7 @@ from pixelgen_fast.layers import (
 from pixelgen_fast.models import system
 from pixelgen_fast.models.blocks import TokenStream, TransformerBlock
 from pixelgen_fast.models.system import System, depth_setting, width_setting
-from pixelgen_fast.settings import above
+from pixelgen_fast.settings import above, at_least
 
 
 @dataclass
@@ -62,6 +66,8 @@ class Settings(system.Settings):
     pixel_attention_save: Literal["store", "recompute"] = "store"
     # keep the pixel stream in float32 when the weights are bf16, as the published code does
     pixel_stream_float32: bool = False
+    # learned tokens before the patches, for the patch blocks alone
+    registers: int = at_least(0, default=0, most=65_536)
 
 
 class PixelBlock(nn.Module):
@@ -137,6 +143,17 @@ class Head(nn.Module):
         return flow_loss(x_NPC, self.norm.weight, self.linear.weight, self.linear.bias, target_NP3, weight_B)
 
 
+class Registers(nn.Module):
+    """Learned tokens before those of the patches: [B, L, D] -> [B, K + L, D]."""
+
+    def __init__(self, count: int, dim: int) -> None:
+        super().__init__()
+        self.tokens = nn.Parameter(torch.empty(count, dim))
+
+    def forward(self, tokens_BLD: Tensor) -> Tensor:
+        return torch.cat([self.tokens.expand(len(tokens_BLD), -1, -1), tokens_BLD], dim=1)
+
+
 class PatchTransformer(System):
     """What PixelDiT and DeCo share; a subclass makes patch_blocks and the rotary tables."""
 
@@ -170,8 +187,14 @@ class PixelDiT(PatchTransformer):
                 f"model.patch_depth {settings.patch_depth} and model.pixel_depth {settings.pixel_depth} must be "
                 "at least 1"
             )
+        if settings.registers and settings.patch_depth < 1:
+            raise InputError(
+                f"model.registers {settings.registers} are for patch blocks, of which model.patch_depth "
+                f"{settings.patch_depth} has none; set registers to 0"
+            )
         self.pixel_stream_float32 = settings.pixel_stream_float32
         self.patch_embed = patch_embed or PatchEmbed(p, D)
+        self.registers = Registers(settings.registers, D) if settings.registers else None
         self.pixel_embed = nn.Linear(3, C)
         self.t_embed = TimestepEmbedder(D, max_period=10.0)
         self.y_embed = nn.Embedding(num_classes + 1, D)
@@ -180,6 +203,8 @@ class PixelDiT(PatchTransformer):
         self.head = Head(C)
 
         cos, sin = rope_2d(self.grid, self.grid, self.head_dim)
+        # registers stand nowhere: they are not turned
+        cos, sin = (F.pad(x, (0, 0, settings.registers, 0), value=v) for x, v in ((cos, 1.0), (sin, 0.0)))
         position = rearrange(sincos_2d(image_size, image_size, C), "(h p) (w q) C -> (h w) (p q) C", p=p, q=p)
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
@@ -191,6 +216,8 @@ class PixelDiT(PatchTransformer):
         nn.init.xavier_uniform_(self.patch_embed.weight)
         nn.init.zeros_(self.patch_embed.bias)
         small_(self.y_embed.weight, self.t_embed.mlp[0].weight, self.t_embed.mlp[2].weight)
+        if self.registers is not None:
+            small_(self.registers.tokens)
         zero_([self.head.linear, *(b.modulation for b in self.patch_blocks)])
         zero_(b.modulation_mlp for b in self.pixel_blocks)
         zero_(b.modulation_attn for b in self.pixel_blocks if b.modulation_attn is not None)
@@ -218,6 +245,13 @@ class PixelDiT(PatchTransformer):
         loss_B = self.head(x_NPC, velocity.flatten(0, 1), weight_B)
         return loss_B if tap is None else (loss_B, tapped)
 
+    def patch_stage(self, tokens_BLD: Tensor, c_BD: Tensor, tap: int | None) -> tuple[Tensor, Tensor | None]:
+        if self.registers is None:
+            return super().patch_stage(tokens_BLD, c_BD, tap)
+        L = tokens_BLD.shape[1]
+        s_BLD, tapped = super().patch_stage(self.registers(tokens_BLD), c_BD, tap)
+        return s_BLD[:, -L:], None if tapped is None else tapped[:, -L:]
+
     def blocks(self) -> list[nn.Module]:
         return [*self.patch_blocks, *self.pixel_blocks]
 
@@ -230,8 +264,9 @@ class PixelDiT(PatchTransformer):
         position = self.pixel_position if self.pixel_stream_float32 else self.pixel_position.to(pixels_BLPC.dtype)
         x_NPC = rearrange(pixels_BLPC + position, "B L P C -> (B L) P C")
         s_ND = rearrange(s_BLD, "B L D -> (B L) D")
+        cos, sin = (table[-(self.grid**2) :] for table in (self.rope_cos, self.rope_sin))
         for block in self.pixel_blocks:
-            x_NPC = block(x_NPC, s_ND, self.rope_cos, self.rope_sin)
+            x_NPC = block(x_NPC, s_ND, cos, sin)
         return x_NPC
 
 

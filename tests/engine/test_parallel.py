@@ -12,7 +12,9 @@ from pixelgen_fast.engine.optimizer import AdamWEMA
 from pixelgen_fast.engine.parallel import wrap_blocks
 from pixelgen_fast.models import pixeldit
 
-CONFIG = pixeldit.Settings(hidden_size=24, num_heads=2, patch_depth=2, patch_size=4, pixel_hidden_size=8, pixel_depth=2)
+CONFIG = pixeldit.Settings(
+    hidden_size=24, num_heads=2, patch_depth=2, patch_size=4, pixel_hidden_size=8, pixel_depth=2, registers=3
+)
 
 
 def module() -> FlowMatching:

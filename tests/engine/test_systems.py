@@ -63,7 +63,9 @@ VARIANTS = {
 }
 GUIDED = dict(path="energy_guided", sigma0=2.0, release=[0.1, 0.9])
 VARIANTS |= {
-    "repa, energy guided": dict(VARIANTS["repa"], objective=GUIDED),
+    "repa with registers, energy guided": dict(
+        VARIANTS["repa"], model=dict(VARIANTS["repa"]["model"], registers=2), objective=GUIDED
+    ),
     "jit, energy guided": dict(VARIANTS["jit"], objective=GUIDED | X),
 }
 COMMON = OmegaConf.from_dotlist(

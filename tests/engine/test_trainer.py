@@ -21,8 +21,10 @@ from support.golden import relative
 from support.runs import DIGITS, fill_disk, newest, train
 from support.spoiled import Spoiled
 
+from pixelgen_fast import config as cfg
 from pixelgen_fast.cli import main
-from pixelgen_fast.engine.trainer import data_changes
+from pixelgen_fast.engine.trainer import data_changes, differences, with_defaults
+from pixelgen_fast.models import model_schema
 from pixelgen_fast.runs import draw
 from pixelgen_fast.runs.checkpoint import checkpoints, read_state, read_weights
 from pixelgen_fast.runs.owner import OWNER, Owner
@@ -314,3 +316,12 @@ NOW = {"images": 8, "fingerprint": "b", "order": "a rule"}
 )
 def test_other_data_and_another_order_are_named(old: dict | None, said: list[str]) -> None:
     assert data_changes(old, NOW) == said
+
+
+def test_a_setting_that_is_newer_than_a_checkpoint_counts_as_its_default() -> None:
+    now = cfg.to_dict(cfg.load(DIGITS, [], model_schema))
+    old = {name: dict(section) for name, section in now.items()}
+    del old["model"]["registers"], old["objective"]["path"]
+    assert with_defaults(old) == now and differences(with_defaults(old), now) == {}
+    unknown = old | {"model": {"system": "of another time"}}
+    assert with_defaults(unknown) == unknown

@@ -5,9 +5,12 @@ import torch
 from einops import rearrange
 from support.finite_differences import check_gradient
 from support.models import tiny_of
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from pixelgen_fast import layers, models
+from pixelgen_fast.diffusion.loss import flow_loss
+from pixelgen_fast.diffusion.path import Noising
 from pixelgen_fast.engine.parallel import wrap_blocks
 from pixelgen_fast.models import pixeldit
 
@@ -32,6 +35,53 @@ def test_published_parameter_counts(size: dict, post: bool, parameters: int) -> 
     with torch.device("meta"):
         model = pixeldit.build(pixeldit.Settings(**size, post_modulation=post), 256, 1000)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == parameters
+
+
+def test_registers_cost_their_tokens_and_leave_the_other_weights_as_they_were() -> None:
+    with torch.device("meta"):
+        model = pixeldit.build(pixeldit.Settings(**XL, registers=4), 256, 1000)
+    assert sum(p.numel() for p in model.parameters()) == 797_383_203 + 4 * 1152
+    plain, registers = (tiny(randomise=False, registers=k).state_dict() for k in (0, 3))
+    assert registers.pop("registers.tokens").shape == (3, 24) and plain.keys() == registers.keys()
+    assert all(torch.equal(plain[name], registers[name]) for name in plain)
+
+
+def test_registers_are_seen_stand_nowhere_and_are_dropped() -> None:
+    """The order of tokens without a place does not matter, their values do; what they become leaves with the blocks."""
+    model = tiny(registers=3).double()
+    z, t, y = torch.randn(2, 3, 16, 16, dtype=torch.float64), torch.rand(2, dtype=torch.float64), torch.tensor([0, 3])
+    before, tokens = model(z, t, y, tap=2)
+    assert tokens.shape == (2, 16, 24)
+    with torch.no_grad():
+        model.registers.tokens.copy_(model.registers.tokens.flip(0))
+    torch.testing.assert_close(model(z, t, y), before, rtol=0, atol=1e-12)
+    with torch.no_grad():
+        model.registers.tokens[0] += 1
+    assert (model(z, t, y) - before).abs().max() > 1e-3
+    # through attention alone
+    plain = tiny().double()
+    for one in (model, plain):
+        for block in one.patch_blocks:
+            nn.init.zeros_(block.attn.proj.weight)
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "registers" not in k})
+    torch.testing.assert_close(model(z, t, y), plain(z, t, y), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("body", ["reference", "triton"])
+def test_a_fused_loss_with_registers_is_that_of_the_prediction(body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIXELGEN_OPS", body)
+    model, y, weight = tiny(registers=3), torch.tensor([0, 3]), torch.tensor([0.5, 2.0])
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+    noising = Noising(torch.tensor([5, 6]), torch.tensor([0.3, 0.8]), 7, 1.0)
+    z, x, e = noising.of(images)
+    losses = (
+        model.velocity_loss(images, y, noising, weight),
+        weight * flow_loss(model(z, noising.t, y), x, e, noising.t),
+    )
+    torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
+    for loss_B in losses:
+        loss_B.sum().backward()
+    assert model.registers.tokens.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("body", ["reference", "triton"])
@@ -68,9 +118,10 @@ def test_images_of_a_batch_do_not_mix(post: bool) -> None:
     assert torch.allclose(together, alone, rtol=0, atol=1e-12)
 
 
-def test_gradient_is_that_of_finite_differences() -> None:
+@pytest.mark.parametrize("registers", [0, 3])
+def test_gradient_is_that_of_finite_differences(registers: int) -> None:
     """In float64, along a random direction in all parameters at once."""
-    model = tiny().double()
+    model = tiny(registers=registers).double()
     z, t, y = torch.randn(2, 3, 16, 16, dtype=torch.float64), torch.rand(2, dtype=torch.float64), torch.tensor([0, 3])
     w = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     check_gradient(model, (z, t, y), w)
@@ -158,6 +209,8 @@ def test_sizes_that_cannot_work_are_refused() -> None:
         tiny(num_heads=5)
     with pytest.raises(ValueError, match="pixel_depth 0"):
         tiny(pixel_depth=0)
+    with pytest.raises(ValueError, match="model.registers 2 are for patch blocks"):
+        pixeldit.PixelDiT(pixeldit.Settings(patch_depth=0, registers=2), 16, 3, patch_embed=nn.Linear(4, 1152))
     with pytest.raises(ValueError, match=r"\[B, 3, 16, 16\], got \[B, 3, 32, 32\]"):
         tiny()(torch.zeros(1, 3, 32, 32), torch.zeros(1), torch.zeros(1, dtype=torch.int64))
 
