@@ -80,9 +80,8 @@ def check_ranges(settings: Any, prefix: str = "") -> None:
     """
     for entry in fields(settings):
         value, key = getattr(settings, entry.name), f"{prefix}{entry.name}"
-        if is_dataclass(value):
-            check_ranges(value, f"{key}.")
-            continue
+        for part, place in _sections(value):
+            check_ranges(part, f"{key}{place}.")
         wanted = _range(type(settings), entry.name)
         value = list(value) if isinstance(value, tuple) else value
         for number in value if isinstance(value, list) else [value]:
@@ -106,6 +105,14 @@ def refuse_unused(section: Any, kind: type, used: Collection[str], prefix: str, 
         if entry.name not in used and value != default:
             left = "null" if default is None else default
             raise ConfigError(f"{prefix}{entry.name} is {value}; {system} has no use for it, leave it at {left}")
+
+
+def _sections(value: Any) -> list[tuple[Any, str]]:
+    """The dataclasses that a value is, or is a list of, each with its place behind the key."""
+    if is_dataclass(value):
+        return [(value, "")]
+    entries = enumerate(value) if isinstance(value, list) else ()
+    return [(entry, f"[{i}]") for i, entry in entries if is_dataclass(entry)]
 
 
 def _range(section: type, name: str) -> Range | None:

@@ -62,6 +62,16 @@ def test_an_inherited_setting_keeps_its_range_under_another_default() -> None:
         check_ranges(Own(share=2.0))
 
 
+def test_sections_in_a_list_are_held_to_their_ranges() -> None:
+    @dataclass
+    class Parts:
+        parts: list[Inner] = field(default_factory=lambda: [Inner(), Inner()])
+
+    check_ranges(Parts())
+    with pytest.raises(ConfigError, match=r"^of\.parts\[1\]\.share is 2\.0; it lies in"):
+        check_ranges(Parts([Inner(), Inner(share=2.0)]), "of.")
+
+
 def test_what_has_no_use_must_be_at_its_default() -> None:
     @dataclass
     class Wider(Outer):
