@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pixelgen_fast import models
+from pixelgen_fast.models.fractal import Level
 from pixelgen_fast.models.system import BaseSystem
 
 TINY = {
@@ -25,6 +26,10 @@ TINY = {
     "raev2": dict(
         hidden_size=24, num_heads=2, depth=3, head_width=32, head_heads=2, head_depth=1, time_tokens=2, class_tokens=3,
         base_depth=2, patch_size=4, latent_channels=48, encoder="patches",
+    ),
+    "fractal": dict(
+        hidden_size=24, num_heads=2, depth=1, patch_size=4, inner=[Level(1, 16, 2, 1, passes=2)], pixel_hidden_size=64,
+        dropout=0.0,
     ),
     "dino_student": dict(
         hidden_size=24, num_heads=2, patch_depth=2, patch_size=4, pixel_hidden_size=8, pixel_depth=1
@@ -46,6 +51,9 @@ def tiny(system: str, image_size: int = 16, randomise: bool = True, **changes: A
     for parameter in model.parameters() if randomise else ():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.2)
+    for norm in model.modules() if randomise else ():
+        if isinstance(norm, nn.LayerNorm | nn.RMSNorm) and norm.elementwise_affine and norm.weight.requires_grad:
+            nn.init.normal_(norm.weight, mean=1.0, std=0.2)  # near zero, what goes through several is lost
     return model
 
 
