@@ -202,7 +202,8 @@ def import_published(args: argparse.Namespace) -> int:
     from pixelgen_fast import interop, models
     from pixelgen_fast.runs import draw, export
 
-    published = interop.read_published(Path(args.file), args.system, args.weights)
+    weights = args.weights or interop.default_kind(args.system)
+    published = interop.read_published(Path(args.file), args.system, weights)
     state, model, num_classes = interop.native(args.system, published)
     trained_at = interop.image_size(args.system, published)
     if None not in (trained_at, args.image_size) and trained_at != args.image_size:
@@ -216,7 +217,7 @@ def import_published(args: argparse.Namespace) -> int:
         **interop.settings(args.system, model, image_size),
     }
     config = cfg.from_dict(values, models.model_schema)
-    export.export(Path(args.out), state, config, [str(i) for i in range(num_classes)], args.weights, 0)
+    export.export(Path(args.out), state, config, [str(i) for i in range(num_classes)], weights, 0)
     draw.load(args.out)
     print(f"{args.out}: {len(state)} tensors of {args.file}; draw with pixelgen sample {args.out}")
     return 0

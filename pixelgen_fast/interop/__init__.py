@@ -24,6 +24,7 @@ __all__ = [
     "SYSTEMS",
     "PublicLayout",
     "check_state",
+    "default_kind",
     "from_reference",
     "image_size",
     "native",
@@ -32,7 +33,7 @@ __all__ = [
     "to_public",
 ]
 
-SYSTEMS = ("pixeldit", "jit", "deco", "ditdh", "raev2")
+SYSTEMS = ("pixeldit", "jit", "deco", "ditdh", "raev2", "fractal")
 
 log = logging.getLogger(__name__)
 
@@ -65,15 +66,16 @@ def from_reference(system: str, config: Mapping[str, Any], state_dict: State) ->
     )
 
 
-def read_published(path: Path, system: str, weights: str = "ema") -> dict[str, Tensor]:
+def read_published(path: Path, system: str, weights: str | None = None) -> dict[str, Tensor]:
     """The state dict of a published file, without prefix.
 
     path: as the public code writes it, or its weights alone, in safetensors or either format of torch; names may have
-    what DataParallel and torch.compile add, and lack the prefix. weights: a kind that the system's prefixes name. Where
-    the file has no such weights, the first kind that it has is taken, with a warning.
+    what DataParallel and torch.compile add, and lack the prefix. weights: a kind that the system's prefixes name, None
+    for the first of them. Where the file has no such weights, the first kind that it has is taken, with a warning.
     Raises FileNotFoundError, or ValueError when the file is not such a checkpoint.
     """
     form = public(system)
+    weights = weights or default_kind(system)
     if weights not in form.prefixes:
         raise InputError(f"weights: a {system} file has no {weights!r}; valid: {', '.join(form.prefixes)}")
     found = {kind: state for kind, state in _kinds(read_file(path), form, path).items() if state}
@@ -121,6 +123,11 @@ def _without_prefix(state: State, form: PublicForm, kind: str, path: Path) -> di
     return plain_names(own, str(path))
 
 
+def default_kind(system: str) -> str:
+    """The kind of weights that is taken where none is asked for."""
+    return next(iter(public(system).prefixes))
+
+
 def native(system: str, published: State) -> tuple[dict[str, Tensor], Any, int]:
     """Convert a published state dict: (native weights, model config, number of classes).
 
@@ -129,7 +136,7 @@ def native(system: str, published: State) -> tuple[dict[str, Tensor], Any, int]:
     form = public(system)
     config = form.config_of(published)
     table = published.get(form.class_table)
-    num_classes = 1000 if table is None else table.shape[0] - 1
+    num_classes = 1000 if table is None else table.shape[0] - form.no_class(published)
     size = image_size(system, published)
     fixed = {} if size is None else form.fixed(config, size)
     # where the weights do not tell the size of an image, their shapes do not depend on it

@@ -37,7 +37,7 @@ class PublicForm:
     fixed(settings, image_size): {public name: table}, for what the file holds and the model computes.
     frozen: names in the file that are not trained, and that the model cannot compute.
     class_table: public name of the weight with a row for each class, the last for no class. bare: the kind of a file of
-    weights alone, under names without prefix.
+    weights alone, under names without prefix. no_class(state): how many rows of the table are no class.
     call(net, x, t, y): what the public network answers, by the native one net(z, t, y); t = 0 may be data there.
     to_public(weights, settings): public weights of native ones, without the fixed tables; None where there is no way.
     sections(settings, image_size): {section of a run's configuration: its settings}, with which the weights draw.
@@ -55,6 +55,7 @@ class PublicForm:
     frozen: tuple[str, ...] = ()
     class_table: str = "y_embedder.embedding_table.weight"
     bare: str = "raw"
+    no_class: Callable[[State], int] = lambda state: 1
     call: Callable[[Callable[..., Any], Tensor, Tensor, Tensor], Any] = lambda net, x, t, y: net(x, t, y)
     to_public: Callable[[State, Any], dict[str, Tensor]] | None = None
     sections: Callable[[Any, int], dict[str, dict[str, Any]]] = lambda settings, image_size: {}
