@@ -1,1 +1,1 @@
-"""DINO: its networks and weights, the frozen teacher, the student that reads noised images, and the kept copy."""
+"""DINO: its networks and weights, the frozen teacher, and the student that reads noised images."""

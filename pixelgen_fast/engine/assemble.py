@@ -19,7 +19,6 @@ from pixelgen_fast.data.order import Order
 from pixelgen_fast.data.roots import open_root
 from pixelgen_fast.data.sampler import describe_shares
 from pixelgen_fast.device import choose_device
-from pixelgen_fast.dino.kept import with_kept_dino
 from pixelgen_fast.engine import zero
 from pixelgen_fast.engine.alignment import build_alignment
 from pixelgen_fast.engine.graph import check_graph
@@ -34,13 +33,14 @@ from pixelgen_fast.runs import checkpoint
 from pixelgen_fast.runs.draw import Generator, load_for_other_classes
 from pixelgen_fast.runs.export import read_exported
 from pixelgen_fast.runs.folder import RunFolder
+from pixelgen_fast.runs.kept import with_kept
 
 
 @dataclass(frozen=True)
 class Parts:
     """What a process of a run consists of.
 
-    built: the configuration that the model was built from, with the kept copy of its DINO where there is one.
+    built: the configuration that the model was built from, with the kept copies of what it is built on.
     precision: "bf16" or "fp32". operators: what runs them, for the log. image_flops: of a training image, both passes.
     objective: what `engine` trains.
     """
@@ -90,9 +90,9 @@ def assemble(config: cfg.Config, heart: Heartbeat) -> Parts:
     shares = describe_shares(index) if config.data.class_balanced else None
 
     heart.at("building the model")
-    # once there is a checkpoint, the copy of a DINO that was made for it is the one that goes with it
+    # once there is a checkpoint, the copies that were made for it are those that go with it
     begun = checkpoint.checkpoints(folder.checkpoints)
-    built = with_kept_dino(config, folder.root) if begun else config
+    built = with_kept(config, folder.root) if begun else config
     model = models.build_model(built, len(index.classes))
     flops = 3 * forward_flops(model)
     # refuses what was asked for and cannot run here, before anything is written

@@ -18,7 +18,6 @@ from pixelgen_fast import config as cfg
 from pixelgen_fast import errors
 from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.data.order import RULE
-from pixelgen_fast.dino.kept import keep_dino
 from pixelgen_fast.engine.assemble import assemble
 from pixelgen_fast.engine.collectives import any_rank
 from pixelgen_fast.engine.feed import Feed
@@ -30,6 +29,7 @@ from pixelgen_fast.engine.schedule import learning_rate
 from pixelgen_fast.engine.step import training_step
 from pixelgen_fast.models import model_schema
 from pixelgen_fast.runs import checkpoint
+from pixelgen_fast.runs.kept import keep
 from pixelgen_fast.runs.owner import Owner
 from pixelgen_fast.signals import REQUEUE, StopRequest
 
@@ -75,7 +75,7 @@ class Trainer:
             if config.train.cuda_graph:
                 capture(self.parts.objective, config.train.micro_batch, config.data.image_size, self.parts.device)
             if self.rank == 0:
-                keep_dino(self.folder.root, self.parts.built)
+                keep(self.folder.root, self.parts.built)
             self.heart.at("starting the report and the loader")
             self._begin()
             on_failure.pop_all()

@@ -24,6 +24,7 @@ from pixelgen_fast.dino.noisy import NoisyDino
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.layers import patchify, unpatchify
 from pixelgen_fast.models import pixeldit
+from pixelgen_fast.models.built_on import DINO, BuiltOn
 from pixelgen_fast.models.system import width_setting
 
 KEYS = ("model.dino", "model.weights")
@@ -33,7 +34,7 @@ KEYS = ("model.dino", "model.weights")
 class Settings(pixeldit.Settings):
     """Size of a PixelDiT and the DINO in it. The defaults are XL/16 with DINOv3 S/16 as its input."""
 
-    builds_on_dino: ClassVar[bool] = True
+    built_on: ClassVar[tuple[BuiltOn, ...]] = (DINO,)
 
     system: str = "dino_student"
     # input: the DINO takes the place of the linear patch embedding; trunk: of the patch blocks too (patch_depth 0)

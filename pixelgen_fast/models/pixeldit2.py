@@ -34,6 +34,7 @@ from pixelgen_fast.models.blocks import (
     flatten,
     one_by_one,
 )
+from pixelgen_fast.models.built_on import DINO, BuiltOn
 from pixelgen_fast.models.system import System, depth_setting
 from pixelgen_fast.settings import at_least, within
 
@@ -45,7 +46,7 @@ MAX_PERIOD = 10.0
 class Settings(system.Settings):
     """Size of a PixelDiT2. The defaults are H/16; L is 1024 x 24 with 16 heads, B 768 x 12 with 12 and context at 4."""
 
-    builds_on_dino: ClassVar[bool] = True
+    built_on: ClassVar[tuple[BuiltOn, ...]] = (DINO,)
 
     system: str = "pixeldit2"
     hidden_size: int = 1280

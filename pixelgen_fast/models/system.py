@@ -26,6 +26,7 @@ from pixelgen_fast.config import Objective, Sampling
 from pixelgen_fast.diffusion.path import Noising, to_unit
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.layers import Float32Tables
+from pixelgen_fast.models.built_on import BuiltOn
 from pixelgen_fast.settings import above, at_least, refuse_unused
 
 
@@ -48,8 +49,8 @@ def shape_text(shape: Sequence[int]) -> str:
 class Settings:
     """What the settings of every system have; those of a system add its own and say the defaults."""
 
-    # whether the model is built on the DINO that `dino` and `weights` name: its runs and exports then keep a copy
-    builds_on_dino: ClassVar[bool] = False
+    # what the model is built on and neither trains nor saves: its runs and exports keep copies
+    built_on: ClassVar[tuple[BuiltOn, ...]] = ()
 
     system: str = ""
     hidden_size: int = width_setting(0)

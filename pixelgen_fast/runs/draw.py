@@ -17,12 +17,12 @@ from pixelgen_fast.config import Sampling
 from pixelgen_fast.diffusion.energy import energy_path
 from pixelgen_fast.diffusion.path import convert
 from pixelgen_fast.diffusion.solver import Model, Pair, sample, to_uint8
-from pixelgen_fast.dino.kept import with_kept_dino
 from pixelgen_fast.models import build_model, model_schema
 from pixelgen_fast.models.system import BaseSystem, SequentialSystem, System
 from pixelgen_fast.runs.checkpoint import RUN, CheckpointError, ema_key, find, read_state, read_weights
 from pixelgen_fast.runs.export import GeneratorError, read_exported
 from pixelgen_fast.runs.folder import ABOUT, CHECKPOINTS, MODEL_PREFIX, names_a_folder
+from pixelgen_fast.runs.kept import with_kept
 from pixelgen_fast.weights import misfits
 
 _LARGEST_TABLES = 2**32
@@ -193,7 +193,7 @@ def load(path: str | Path, weights: str | None = None, device: torch.device | st
     else:
         raise GeneratorError(f"{path}: no such folder; give a run folder or one written by pixelgen export")
     _check_classes(about["classes"], path)
-    config = with_kept_dino(_configuration(about, path), home)
+    config = with_kept(_configuration(about, path), home)
     _check_size(config, state, len(about["classes"]), path)
     model = build_model(config, len(about["classes"]))
     load_weights(model, state, str(path))

@@ -1,7 +1,7 @@
 """The folder that holds a trained model for others to load: one tensor a parameter in safetensors, and config.json.
 
 config.json has the format, the configuration, the class names and which weights they are. Where the model is built on a
-DINO, the folder holds that too, and needs neither the file nor the hub that it came from.
+DINO or a tokenizer, the folder holds that too, and needs neither the file nor the hub that it came from.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pixelgen_fast import config as cfg
-from pixelgen_fast.dino.kept import DINO, keep_dino, reading
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.runs.folder import ABOUT, WEIGHTS
+from pixelgen_fast.runs.kept import inside, keep
 from pixelgen_fast.runs.plain import check_types, read_object
 
 FORMAT = "pixelgen_fast generator 1"
@@ -34,8 +34,8 @@ def export(
     if folder.exists() and any(folder.iterdir()):
         raise GeneratorError(f"{folder}: exists and is not empty; choose another folder or remove it")
     folder.mkdir(parents=True, exist_ok=True)
-    keep_dino(folder, config)
-    settings = cfg.to_dict(reading(config, DINO))
+    keep(folder, config)
+    settings = cfg.to_dict(inside(config))
     about = {"format": FORMAT, "weights": weights, "nimg": nimg, "classes": classes, "config": settings}
     save_file({name: value.contiguous() for name, value in state.items()}, folder / WEIGHTS)
     (folder / ABOUT).write_text(json.dumps(about, indent=2) + "\n")

@@ -11,7 +11,7 @@ from support.teachers import write_teacher
 
 from pixelgen_fast import models
 from pixelgen_fast.cli import main
-from pixelgen_fast.dino import kept
+from pixelgen_fast.models import built_on
 from pixelgen_fast.runs import draw
 from pixelgen_fast.runs.checkpoint import checkpoints, read_weights
 
@@ -152,7 +152,7 @@ def test_all_commands(variant: str, teacher: Path, tmp_path: Path, capsys: pytes
 def test_a_copy_from_before_the_first_checkpoint_is_made_anew(teacher: Path, tmp_path: Path) -> None:
     """Without a checkpoint nothing depends on the copy, so it follows model.weights."""
     config, run = write_config(tmp_path / "config.yaml", "frozen student", teacher), tmp_path / "run"
-    stale = run / kept.DINO
+    stale = run / built_on.DINO.name
     shutil.copytree(teacher, stale)
     state = stale / "model.safetensors"
     before = state.read_bytes()
@@ -168,7 +168,7 @@ def test_a_copy_that_cannot_be_written_is_said(
         raise OSError(28, "No space left on device")
 
     config = write_config(tmp_path / "config.yaml", "frozen student", teacher)
-    monkeypatch.setattr(kept, "copy_dino", full)
+    monkeypatch.setattr(built_on, "copy_dino", full)
     assert main(["train", str(config), f"run.dir={tmp_path / 'run'}", "train.images=16"]) == 2
     said = capsys.readouterr().err
     assert "No space left on device" in said and str(tmp_path / "run" / "dino") in said

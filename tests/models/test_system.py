@@ -13,6 +13,7 @@ from pixelgen_fast import models
 from pixelgen_fast.diffusion.loss import flow_loss
 from pixelgen_fast.diffusion.path import Noising
 from pixelgen_fast.diffusion.solver import to_uint8
+from pixelgen_fast.models import built_on
 from pixelgen_fast.models.system import BaseSystem, Settings, System
 from pixelgen_fast.runs.draw import load_for_other_classes
 
@@ -25,7 +26,7 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def on_dino(name: str, dino: str) -> dict[str, str]:
-    return dict(dino=DINO, weights=dino) if models.model_schema(name).builds_on_dino else {}
+    return dict(dino=DINO, weights=dino) if built_on.DINO in models.model_schema(name).built_on else {}
 
 
 @pytest.fixture(params=systems_of(System))
