@@ -226,13 +226,14 @@ def rope_2d(height: int, width: int, head_dim: int, extent: float = 16.0, theta:
     return angles.cos(), angles.sin()
 
 
-def rope_2d_axial(height: int, width: int, head_dim: int, theta: float = 1e4) -> tuple[Tensor, Tensor]:
+def rope_2d_axial(height: int, width: int, head_dim: int, theta: float = 1e4, first: int = 0) -> tuple[Tensor, Tensor]:
     """Rotary tables of a height x width grid at whole positions: (cos, sin), float32 [height width, head_dim / 2].
 
     The first half of the pairs turns with the row, the last with the column, both with theta^(-4 k / head_dim).
+    first: position of the first row and column.
     """
     frequencies = theta ** (-torch.arange(0, head_dim, 4, dtype=torch.float32) / head_dim)
-    rows, columns = torch.meshgrid(torch.arange(float(height)), torch.arange(float(width)), indexing="ij")
+    rows, columns = torch.meshgrid(*(first + torch.arange(float(n)) for n in (height, width)), indexing="ij")
     angles = torch.cat([rows.reshape(-1, 1) * frequencies, columns.reshape(-1, 1) * frequencies], dim=-1)
     return angles.cos(), angles.sin()
 
