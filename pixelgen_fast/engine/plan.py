@@ -88,7 +88,10 @@ def alignment_flops(model: BaseSystem, config: Config) -> tuple[int, int] | None
 
 
 class Allocations(TorchDispatchMode):
-    """Remembers every storage that an operation makes, without keeping it. known: tensors that were there before."""
+    """Remembers every storage that an operation makes, without keeping it. known: tensors that were there before.
+
+    So were those that an operation reads and none has made: weights of a network that is no part of the model.
+    """
 
     def __init__(self, known: Iterable[Tensor]) -> None:
         super().__init__()
@@ -96,18 +99,21 @@ class Allocations(TorchDispatchMode):
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = {storage._cdata for storage in _storages((args, kwargs))}
+        self.known |= read - self.storages.keys()
         out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata in self.known:  # a view
-                    continue
+        for storage in _storages(out):
+            if storage._cdata not in self.known:  # else a view
                 self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return out
 
     def alive(self) -> int:
         """Bytes of the storages that something still holds."""
         return sum(size for storage, size in self.storages.values() if not storage.expired())
+
+
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def saved_bytes(model: BaseSystem, batch: int = 2) -> int:

@@ -42,6 +42,21 @@ def test_saved_bytes_of_a_model_known_by_hand() -> None:
         assert saved_bytes(Toy()) == 4 * (192 + 16)
 
 
+def test_weights_outside_of_the_model_are_no_activations() -> None:
+    """A frozen network that is not a child, as a DINO or a tokenizer: its weights are there before and after."""
+
+    class OnFrozen(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.frozen = (nn.Linear(192, 192).requires_grad_(False),)
+
+        def forward(self, z: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return super().forward(self.frozen[0](z.flatten(1)), t, y)
+
+    with torch.device("meta"):
+        assert saved_bytes(OnFrozen()) == 4 * (192 + 16)
+
+
 def test_recomputation_keeps_less_and_less() -> None:
     """Whole blocks keep what passes between them; operators add their products; nothing recomputed adds the rest."""
     config = pixeldit.Settings(
