@@ -28,8 +28,8 @@ RUNS = sorted(path.stem for path in CONFIGS.glob("*.yaml") if "model:" in path.r
 TEACHER = ("alignment.teacher=vit_small_patch16_dinov3", "alignment.layer=2")
 SYSTEMS = [
     "pixeldit bf16", "repa bf16", "student as input bf16", "student as input, LoRA bf16", "student as trunk bf16",
-    "frozen student bf16", "pixeldit2 bf16", "jit bf16", "deco bf16", "pixeldit fp32", "patch autoregressor bf16",
-    "patch autoregressor, masked bf16",
+    "frozen student bf16", "pixeldit2 bf16", "jit bf16", "deco bf16", "patch autoregressor bf16",
+    "patch autoregressor, masked bf16", "patch autoregressor, bottleneck bf16", "alitok bf16", "pixeldit fp32",
     "jit fp32 train.zero_stage=2", "repa bf16 train.zero_stage=3 model.num_heads=3",
     "pixeldit bf16 train.recompute=operators", "pixeldit bf16 train.recompute=blocks",
 ]  # fmt: skip

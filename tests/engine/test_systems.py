@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from support.models import TINY
 from support.teachers import write_teacher
 
 from pixelgen_fast import models
 from pixelgen_fast.cli import main
-from pixelgen_fast.models import built_on
+from pixelgen_fast.models import alitok, built_on
+from pixelgen_fast.models.alitok_tokenizer import load_tokenizer, save_tokenizer
 from pixelgen_fast.runs import draw
 from pixelgen_fast.runs.checkpoint import checkpoints, read_weights
 
@@ -74,6 +76,11 @@ VARIANTS |= {
         VARIANTS["repa"], model=dict(VARIANTS["repa"]["model"], registers=2), objective=GUIDED
     ),
     "jit, energy guided": dict(VARIANTS["jit"], objective=GUIDED | X),
+    "alitok": dict(
+        model=dict(TINY["alitok"], system="alitok", tokenizer="{teacher}/tokenizer"),
+        objective=dict(time_shift=1.0),
+        sample=dict(steps=100, shift=1.0, temperature=0.9),
+    ),
 }
 COMMON = OmegaConf.from_dotlist(
     [
@@ -91,9 +98,18 @@ COMMON = OmegaConf.from_dotlist(
 )
 
 
+def write_sources(folder: Path) -> Path:
+    """All that a system may be built on: in the folder a DINO, and in a folder of its own there a tokenizer."""
+    write_teacher(folder, V3)
+    size = alitok.tokenizer_size(alitok.Settings(**TINY["alitok"]), grid=4)
+    (folder / "tokenizer").mkdir()
+    save_tokenizer(load_tokenizer(size, "random"), folder / "tokenizer")
+    return folder
+
+
 @pytest.fixture
 def teacher(tmp_path: Path) -> Path:
-    return write_teacher(tmp_path / "teacher", V3)
+    return write_sources(tmp_path / "teacher")
 
 
 def write_config(path: Path, variant: str, teacher: Path) -> Path:

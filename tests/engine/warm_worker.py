@@ -16,7 +16,6 @@ from types import ModuleType, SimpleNamespace
 import torch
 from pixelgen_kernels import bodies
 from pixelgen_kernels.report.warmup import warm
-from support.teachers import write_teacher
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -94,7 +93,7 @@ def started(config: cfg.Config, precision: str) -> set[str]:
 def main(folder: Path) -> None:
     replace_gpu()
     small = systems()
-    teacher = write_teacher(folder / "teacher", small.V3)
+    teacher = small.write_sources(folder / "teacher")
     runs = [(variant, "bf16", []) for variant in small.VARIANTS]
     runs += [
         ("pixeldit", "fp32", []),

@@ -31,6 +31,11 @@ TINY = {
         hidden_size=24, num_heads=2, depth=1, patch_size=4, inner=[Level(1, 16, 2, 1, passes=2)], pixel_hidden_size=64,
         dropout=0.0,
     ),
+    "alitok": dict(
+        hidden_size=24, num_heads=2, depth=2, patch_size=4, tokenizer="random", codebook_size=24, token_size=8,
+        prefix_tokens=5, encoder_width=24, encoder_depth=1, encoder_heads=2, decoder_width=32, decoder_depth=1,
+        decoder_heads=2, decoder_tokens=3,
+    ),
     "dino_student": dict(
         hidden_size=24, num_heads=2, patch_depth=2, patch_size=4, pixel_hidden_size=8, pixel_depth=1
     ),
