@@ -143,9 +143,10 @@ def _parser() -> argparse.ArgumentParser:
         "file", help="as published; weights keep their licence, NVIDIA's for PixelDiT is NSCLv1 (non-commercial)"
     )
     imported.add_argument("out", help="folder to write")
-    imported.add_argument("--system", required=True, help="pixeldit, jit, deco, ditdh, raev2 or fractal")
+    imported.add_argument("--system", required=True, help="pixeldit, jit, deco, ditdh, raev2, fractal or alitok")
     imported.add_argument("--image-size", type=int, help="pixels a side (default: as the weights tell, or 256)")
     imported.add_argument("--weights", choices=("ema", "ema2", "raw"), help="ema2: JiT's second average")
+    imported.add_argument("--tokenizer", help="AliTok's tokenizer, AliTok.pth, which the model draws images with")
 
     for name, function, text, example in (
         ("teacher", commands.teacher, "Train a small teacher for feature alignment on the images.", "teacher_digits"),

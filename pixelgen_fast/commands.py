@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pixelgen_fast.runs.draw import Generator
 
 _SAMPLING = [field.name for field in fields(cfg.Sampling)]
+_PARTS = ("tokenizer",)  # options of the import command that name further files
 
 
 def train(args: argparse.Namespace) -> int:
@@ -205,7 +206,9 @@ def import_published(args: argparse.Namespace) -> int:
     weights = args.weights or interop.default_kind(args.system)
     published = interop.read_published(Path(args.file), args.system, weights)
     state, model, num_classes = interop.native(args.system, published)
-    trained_at = interop.image_size(args.system, published)
+    files = {name: getattr(args, name) for name in _PARTS if getattr(args, name) is not None}
+    model, of_parts = interop.with_parts(args.system, model, files)
+    trained_at = interop.image_size(args.system, published) or of_parts
     if None not in (trained_at, args.image_size) and trained_at != args.image_size:
         raise errors.InputError(
             f"--image-size {args.image_size}: {args.file} was made for {trained_at} pixels; leave it out"

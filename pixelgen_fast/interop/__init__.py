@@ -31,9 +31,10 @@ __all__ = [
     "read_published",
     "settings",
     "to_public",
+    "with_parts",
 ]
 
-SYSTEMS = ("pixeldit", "jit", "deco", "ditdh", "raev2", "fractal")
+SYSTEMS = ("pixeldit", "jit", "deco", "ditdh", "raev2", "fractal", "alitok")
 
 log = logging.getLogger(__name__)
 
@@ -160,6 +161,21 @@ def image_size(system: str, published: State) -> int | None:
     """The image size that published weights were made for, or None where they serve any."""
     form = public(system)
     return form.image_size_of(published, form.config_of(published))
+
+
+def with_parts(system: str, config: Any, files: Mapping[str, str]) -> tuple[Any, int | None]:
+    """(settings that read other files that the model needs, the size of its images or None where they do not tell).
+
+    files: by the option of the import command. Raises InputError for one that is missing, or that the system lacks.
+    """
+    parts, size = public(system).parts, None
+    if extra := [name for name in files if name not in parts]:
+        raise InputError(f"--{extra[0]} {files[extra[0]]}: {system} reads no such file; leave it out")
+    for name, read in parts.items():
+        if name not in files:
+            raise InputError(f"--{name}: {system} needs this file beside its weights; name it")
+        config, size = read(config, Path(files[name]))
+    return config, size
 
 
 def settings(system: str, config: Any, image_size: int) -> dict[str, dict[str, Any]]:

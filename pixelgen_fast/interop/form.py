@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -40,6 +41,8 @@ class PublicForm:
     weights alone, under names without prefix. no_class(state): how many rows of the table are no class.
     call(net, x, t, y): what the public network answers, by the native one net(z, t, y); t = 0 may be data there.
     to_public(weights, settings): public weights of native ones, without the fixed tables; None where there is no way.
+    parts: {option of the import command: (settings, its file) -> (settings that read it, image size)}, for what the
+    model needs beside these weights.
     sections(settings, image_size): {section of a run's configuration: its settings}, with which the weights draw.
     """
 
@@ -58,4 +61,5 @@ class PublicForm:
     no_class: Callable[[State], int] = lambda state: 1
     call: Callable[[Callable[..., Any], Tensor, Tensor, Tensor], Any] = lambda net, x, t, y: net(x, t, y)
     to_public: Callable[[State, Any], dict[str, Tensor]] | None = None
+    parts: Mapping[str, Callable[[Any, Path], tuple[Any, int]]] = field(default_factory=dict)
     sections: Callable[[Any, int], dict[str, dict[str, Any]]] = lambda settings, image_size: {}
