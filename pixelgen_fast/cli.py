@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command in (commands.train, commands.compare) and not any(text.startswith("-") for text in rest):
+    overridden = args.command in (commands.train, commands.compare, commands.import_published)
+    if overridden and not any(text.startswith("-") for text in rest):
         # argparse takes overrides only up to the first option: `train CONFIG --dry-run key=value` leaves them over.
         args.overrides += rest
     elif args.command is commands.kernels_report:
@@ -143,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         "file", help="as published; weights keep their licence, NVIDIA's for PixelDiT is NSCLv1 (non-commercial)"
     )
     imported.add_argument("out", help="folder to write")
+    imported.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, as model.encoder of latents")
     imported.add_argument("--system", required=True, help="pixeldit, jit, deco, ditdh, raev2, fractal or alitok")
     imported.add_argument("--image-size", type=int, help="pixels a side (default: as the weights tell, or 256)")
     imported.add_argument("--weights", choices=("ema", "ema2", "raw"), help="ema2: JiT's second average")

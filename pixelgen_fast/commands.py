@@ -219,7 +219,7 @@ def import_published(args: argparse.Namespace) -> int:
         "data": {"image_size": image_size, "num_classes": num_classes, "root": "imported"},
         **interop.settings(args.system, model, image_size),
     }
-    config = cfg.from_dict(values, models.model_schema)
+    config = cfg.from_dict(values, models.model_schema, args.overrides)
     export.export(Path(args.out), state, config, [str(i) for i in range(num_classes)], weights, 0)
     draw.load(args.out)
     print(f"{args.out}: {len(state)} tensors of {args.file}; draw with pixelgen sample {args.out}")

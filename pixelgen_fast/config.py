@@ -15,7 +15,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from pixelgen_fast.overrides import Override, explain, merge, read_layers
+from pixelgen_fast.overrides import Override, explain, merge, override_layers, read_layers
 from pixelgen_fast.settings import (
     ConfigError,
     Crop,
@@ -244,13 +244,13 @@ def load(path: str | Path, overrides: Iterable[str], model_schema: Callable[[str
     return from_layers(read_layers(path, overrides), model_schema)
 
 
-def from_dict(values: dict[str, Any], model_schema: Callable[[str], type]) -> Config:
-    """Rebuild a configuration that `to_dict` made, with the same checks."""
+def from_dict(values: dict[str, Any], model_schema: Callable[[str], type], overrides: Iterable[str] = ()) -> Config:
+    """Rebuild a configuration that `to_dict` made, overrides applied, with the same checks."""
     try:
         saved = OmegaConf.create(values)
     except OmegaConfBaseException as error:
         raise ConfigError(f"saved configuration: {explain(error, Config)}") from error
-    return from_layers([("saved configuration", saved)], model_schema)
+    return from_layers([("saved configuration", saved), *override_layers(overrides)], model_schema)
 
 
 def from_layers(layers: list[tuple[str, Any]], model_schema: Callable[[str], type]) -> Config:

@@ -54,7 +54,12 @@ def read_layers(path: str | Path, overrides: Iterable[str]) -> list[tuple[str, A
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not OmegaConf.is_dict(values):
         raise ConfigError(f"{path}: a configuration is a mapping of sections, this file holds {type(values).__name__}")
-    layers = [(str(path), values)]
+    return [(str(path), values), *override_layers(overrides)]
+
+
+def override_layers(overrides: Iterable[str]) -> list[tuple[str, Any]]:
+    """(origin, values) of each override. Raises ConfigError for one without "="."""
+    layers: list[tuple[str, Any]] = []
     for text in overrides:
         if not text.partition("=")[0].strip() or "=" not in text:
             raise ConfigError(f"override {text!r}: write key.sub=value, for example optimizer.lr=2e-4")

@@ -86,29 +86,42 @@ def save_teacher(
     kwargs: Mapping[str, Any],
     mean: Sequence[float],
     std: Sequence[float],
+    **more: Any,
 ) -> None:
     """Write model.safetensors and config.json, for `load_dino` to read.
 
     architecture, kwargs: what timm.create_model made the network from; plain types. mean, std: of its input channels.
+    more: of its arguments, not written, for who will give them to `load_dino` too.
     Raises ValueError when the folder holds something already, or the network is not one of that architecture.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise InputError(f"{folder}: exists and is not empty; choose another folder or remove it")
     state = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
-    _fill(_create(architecture, **kwargs), state, f"a teacher to be saved as {architecture}")
+    _fill(_create(architecture, **more | dict(kwargs)), state, f"a teacher to be saved as {architecture}")
     about = {"architecture": architecture, "kwargs": dict(kwargs), "mean": list(mean), "std": list(std)}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(state, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
-def copy_dino(name: str, weights: str | None, folder: str | Path) -> None:
-    """Write what `load_dino(name, weights)` gives as a folder that it reads. Raises as that and `save_teacher` do."""
-    network = load_dino(name, weights)
+def copy_dino(
+    name: str,
+    weights: str | None,
+    folder: str | Path,
+    *,
+    rename: Renaming = to_timm,
+    optional: Collection[str] = (),
+    **more: Any,
+) -> None:
+    """Write what `load_dino` gives with these arguments as a folder that it reads, with the keyword arguments again.
+
+    Raises as that and `save_teacher` do.
+    """
+    network = load_dino(name, weights, rename=rename, optional=optional, **more)
     about = network.pretrained_cfg
     kwargs = _read_about(Path(weights))["kwargs"] if weights is not None and Path(weights).is_dir() else {}
-    save_teacher(folder, network, architecture=name, kwargs=kwargs, mean=about["mean"], std=about["std"])
+    save_teacher(folder, network, architecture=name, kwargs=kwargs, mean=about["mean"], std=about["std"], **more)
 
 
 def embed_patches(network: nn.Module, x: Tensor) -> Tensor:

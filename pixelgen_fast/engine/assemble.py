@@ -94,6 +94,7 @@ def assemble(config: cfg.Config, heart: Heartbeat) -> Parts:
     begun = checkpoint.checkpoints(folder.checkpoints)
     built = with_kept(config, folder.root) if begun else config
     model = models.build_model(built, len(index.classes))
+    model.check_complete()
     flops = 3 * forward_flops(model)
     # refuses what was asked for and cannot run here, before anything is written
     operators = describe_operators(device, precision, model.head_dim)

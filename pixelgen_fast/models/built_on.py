@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pixelgen_fast.config import Config
 from pixelgen_fast.dino.network import copy_dino
 
 
 class BuiltOn(NamedTuple):
-    """name: of the folder that holds a copy. setting: of the section `model`, which says where they are, and can say
-    that folder. copy(config, folder): write them there."""
+    """name: of the folder that holds a copy. copy(config, folder): write it there.
+
+    settings: those of the section `model` that say where the parts are, each with its place in that folder, "" the
+    folder itself; the first is always read, another one where it is not null. used(model): whether the settings of a
+    model name it at all.
+    """
 
     name: str
-    setting: str
+    settings: Mapping[str, str]
     copy: Callable[[Config, Path], None]
+    used: Callable[[Any], bool] = lambda model: True
 
-    def source(self, config: Config) -> str | None:
-        """Where a configuration says that they are."""
-        return getattr(config.model, self.setting)
+    def places(self, model: Any, folder: Path) -> dict[str, str]:
+        """The settings with which a model reads the copy in a folder; none where it names none."""
+        if not self.used(model):
+            return {}
+        first, *others = self.settings
+        named = [first, *(setting for setting in others if getattr(model, setting) is not None)]
+        return {setting: str(folder / self.name / self.settings[setting]) for setting in named}
 
 
 def _copy_dino(config: Config, folder: Path) -> None:
     copy_dino(config.model.dino, config.model.weights, folder)
 
 
-DINO = BuiltOn("dino", "weights", _copy_dino)
+DINO = BuiltOn("dino", {"weights": ""}, _copy_dino)

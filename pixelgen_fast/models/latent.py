@@ -10,8 +10,8 @@ Shapes: B images of S x S pixels, C channels, n x n latents, L = n n, p = patch_
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Protocol
 
 import torch
 from einops import rearrange
@@ -20,21 +20,46 @@ from torch import Tensor, nn
 from pixelgen_fast.diffusion.path import to_unit
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.models import system
+from pixelgen_fast.models.built_on import BuiltOn
 from pixelgen_fast.models.system import System, shape_text, width_setting
+from pixelgen_fast.rae.autoencoder import load_autoencoder
+from pixelgen_fast.rae.copy import PLACES, copy_autoencoder
+from pixelgen_fast.rae.decoder import Decoder
 
 PATCHES = "patches"
+KEYS = ("model.encoder", "model.encoder_weights")
+AUTOENCODER = BuiltOn("autoencoder", PLACES, copy_autoencoder, used=lambda model: model.reads_files)
 
 
 @dataclass
 class Settings(system.Settings):
-    """What the settings of every flow in latents have."""
+    """What the settings of every flow in latents have. A run and an export keep copies of what they name."""
+
+    built_on: ClassVar[tuple[BuiltOn, ...]] = (AUTOENCODER,)
 
     # pixels a side that a latent stands for
     patch_size: int = 16
     latent_channels: int = width_setting(768)
-    # patches: the latents are the pixels of patches themselves. null: the model is given latents, and neither trains on
-    # images nor draws them
+    # a vision transformer of timm whose tokens are the latents; patches: the pixels of patches themselves; null: the
+    # model is given latents, and neither trains on images nor draws them
     encoder: str | None = None
+    # a file in timm's, Meta's or Hugging Face's names, a folder that holds a network, or "random"; null: from the hub
+    encoder_weights: str | None = None
+    # blocks, counted from 0, whose mean is taken, as RAEv2 does; none: the last one alone
+    encoder_layers: list[int] = field(default_factory=list)
+    # what draws: a folder of `pixelgen decoder`, or a published file
+    decoder: str | None = None
+    # mean and variance of the latents: a file of `pixelgen latents`, or a published one; null: they stay as they are
+    statistics: str | None = None
+
+    def alone(self) -> Settings:
+        nothing = dict.fromkeys(("encoder", "encoder_weights", "decoder", "statistics"))
+        return replace(self, **nothing, encoder_layers=[])
+
+    @property
+    def reads_files(self) -> bool:
+        """Whether an encoder, and all that it comes with, is read from files."""
+        return self.encoder not in (None, PATCHES)
 
 
 class Autoencoder(Protocol):
@@ -62,19 +87,61 @@ class PatchPixels(nn.Module):
         return rearrange(x, "B (C p q) h w -> B C (h p) (w q)", p=self.patch, q=self.patch)
 
 
+class Unread:
+    """What stands for an autoencoder from files on the meta device, where numbers have no values: shapes alone."""
+
+    def __init__(self, latent_shape: tuple[int, int, int], image_size: int) -> None:
+        self.latent_shape, self.image_size = latent_shape, image_size
+
+    def encode(self, images: Tensor) -> Tensor:
+        return images.new_empty(len(images), *self.latent_shape, dtype=torch.float32)
+
+    def decode(self, x: Tensor) -> Tensor:
+        return x.new_empty(len(x), 3, self.image_size, self.image_size)
+
+
 def open_autoencoder(settings: Settings, image_size: int) -> Autoencoder | None:
-    """The autoencoder that settings name; None where they name none. Raises InputError for one that does not fit."""
-    if settings.encoder is None:
-        return None
-    if settings.encoder != PATCHES:
-        raise InputError(f"model.encoder {settings.encoder!r} is unknown; give {PATCHES!r}, or null for latents alone")
-    found = PatchPixels(image_size, settings.patch_size)
-    if found.latent_shape[0] != settings.latent_channels:
+    """The autoencoder that settings name; None where they name none. Raises InputError for one that does not fit.
+
+    On the meta device no file is read.
+    """
+    s, grid = settings, image_size // settings.patch_size
+    if not s.reads_files and (given := [k for k in ("encoder_weights", "decoder", "statistics") if getattr(s, k)]):
         raise InputError(
-            f"model.latent_channels is {settings.latent_channels}, and model.encoder {settings.encoder} gives "
+            f"model.{given[0]} is {getattr(s, given[0])}, and model.encoder is {s.encoder or 'null'}; name the network "
+            "whose latents it is of in model.encoder"
+        )
+    if s.encoder is None:
+        return None
+    if s.reads_files and torch.get_default_device().type == "meta":
+        return Unread((s.latent_channels, grid, grid), image_size)
+    found: Autoencoder = PatchPixels(image_size, s.patch_size)
+    if s.reads_files:
+        found = load_autoencoder(
+            s.encoder,
+            s.encoder_weights,
+            grid=grid,
+            layers=s.encoder_layers,
+            decoder=s.decoder,
+            statistics=s.statistics,
+            keys=KEYS,
+        )
+        check_decoder(found.decoder, image_size)
+    if found.latent_shape != (s.latent_channels, grid, grid):
+        raise InputError(
+            f"model.latent_channels is {s.latent_channels}, and model.encoder {s.encoder} gives "
             f"{found.latent_shape[0]}; set model.latent_channels={found.latent_shape[0]}"
         )
     return found
+
+
+def check_decoder(decoder: Decoder | None, image_size: int) -> None:
+    """Raise InputError for a decoder that draws images of another size."""
+    if decoder is not None and decoder.image_size != image_size:
+        raise InputError(
+            f"data.image_size is {image_size}, and model.decoder draws {decoder.image_size} pixels a side; name one of "
+            "that size"
+        )
 
 
 class LatentSystem(System):
@@ -83,6 +150,7 @@ class LatentSystem(System):
     def __init__(self, settings: Settings, image_size: int, num_classes: int, tap_depth: int) -> None:
         super().__init__(settings, image_size, num_classes, tap_depth)
         self.latent_channels = settings.latent_channels
+        self._draws = not settings.reads_files or settings.decoder is not None
         # a module that is an attribute would become a child
         self._autoencoder = (open_autoencoder(settings, image_size),)
 
@@ -96,9 +164,16 @@ class LatentSystem(System):
         if self._autoencoder[0] is None:
             raise InputError(
                 "model.encoder is null, and images become latents and are drawn by an autoencoder alone; name one in "
-                "model.encoder"
+                "model.encoder and model.decoder"
             )
         return self._autoencoder[0]
+
+    def check_complete(self) -> None:
+        if self.autoencoder is not None and not self._draws:
+            raise InputError(
+                "model.decoder is null, and a run draws what it has learned; name a published decoder, or one that was "
+                "trained"
+            )
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:

@@ -57,6 +57,10 @@ class Settings:
     num_heads: int = width_setting(1)
     patch_size: int = width_setting(16)
 
+    def alone(self) -> Settings:
+        """Settings of a model that is asked for predictions only: without what images are encoded and decoded by."""
+        return self
+
 
 class BaseSystem(Float32Tables, ABC):
     """What a generator of either kind is: a network for images [3, S, S] of num_classes classes.
@@ -95,6 +99,9 @@ class BaseSystem(Float32Tables, ABC):
     @abstractmethod
     def trial(self, batch: int) -> Tensor:
         """A forward pass of training on `batch` empty images, where the parameters are: to count FLOPs and memory."""
+
+    def check_complete(self) -> None:
+        """Raise InputError, before a run begins, for a model that lacks what images are encoded or drawn by."""
 
     def tap_width(self, tap: int) -> int:
         """Width of the tokens that `tap` gives."""

@@ -18,6 +18,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pixelgen_fast.diffusion.path import widen
-from pixelgen_fast.dino.network import block_outputs, embed_patches, load_dino, rotary_table
+from pixelgen_fast.dino.network import block_outputs, copy_dino, embed_patches, load_dino, rotary_table
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.layers import Float32Tables
 from pixelgen_fast.rae.names import encoder_to_timm
@@ -118,9 +120,19 @@ def load_encoder(
     weights: as `load_dino` takes them, in the names of timm, Meta or Hugging Face; also MAE's and SigLIP's. grid: n.
     layers: see Encoder. keys: the settings that hold name and weights, for messages. Raises what `load_dino` raises.
     """
-    changes = next((kwargs for part, kwargs in _CHANGES.items() if part in name), {})
-    network = load_dino(name, weights, keys, rename=encoder_to_timm, optional=("norm.weight", "norm.bias"), **changes)
+    network = load_dino(name, weights, keys, **_reading(name))
     return Encoder(network, grid, layers, antialias=not any(part in name for part in _PLAIN_RESIZE))
+
+
+def copy_encoder(name: str, weights: str | None, folder: str | Path) -> None:
+    """Write the network of an encoder as a folder that can be its weights. Raises as `load_dino` and writing do."""
+    copy_dino(name, weights, folder, **_reading(name))
+
+
+def _reading(name: str) -> dict[str, Any]:
+    """How `load_dino` reads the network: what its names are, and what is made otherwise than timm has it."""
+    changes = next((kwargs for part, kwargs in _CHANGES.items() if part in name), {})
+    return dict(rename=encoder_to_timm, optional=("norm.weight", "norm.bias"), **changes)
 
 
 def set_grid(network: nn.Module, grid: int, antialias: bool) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ class Generator:
     def guide(self, path: str) -> Generator:
         """The generator of sample.guide, where the model is. Raises GeneratorError for one that does not fit."""
         if path not in self.guides:
-            self.guides[path] = load(path)
+            self.guides[path] = load(path, alone=True)
             check_guide(self, self.guides[path], path)
         found = self.guides[path]
         found.model.to(next(self.model.parameters()).device)
@@ -166,12 +166,14 @@ def against_model(network: Model, guide: Generator, objective: cfg.Objective) ->
     return pair
 
 
-def load(path: str | Path, weights: str | None = None, device: torch.device | str = "cpu") -> Generator:
+def load(
+    path: str | Path, weights: str | None = None, device: torch.device | str = "cpu", *, alone: bool = False
+) -> Generator:
     """Load a run folder, a checkpoint folder or an exported folder.
 
     weights: "raw", "ema" (the first of optimizer.ema, which the grids of training show) or a key such as "ema_0.9999";
-    None takes "ema" of a run, and what an exported folder holds. Raises GeneratorError for a folder with no generator,
-    and for other weights than it holds.
+    None takes "ema" of a run, and what an exported folder holds. alone: for predictions only.
+    Raises GeneratorError for a folder with no generator, and for other weights than it holds.
     """
     path = Path(path)
     if (path / ABOUT).is_file():
@@ -193,7 +195,8 @@ def load(path: str | Path, weights: str | None = None, device: torch.device | st
     else:
         raise GeneratorError(f"{path}: no such folder; give a run folder or one written by pixelgen export")
     _check_classes(about["classes"], path)
-    config = with_kept(_configuration(about, path), home)
+    config = _configuration(about, path)
+    config = replace(config, model=config.model.alone()) if alone else with_kept(config, home)
     _check_size(config, state, len(about["classes"]), path)
     model = build_model(config, len(about["classes"]))
     load_weights(model, state, str(path))

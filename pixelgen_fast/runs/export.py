@@ -1,7 +1,7 @@
 """The folder that holds a trained model for others to load: one tensor a parameter in safetensors, and config.json.
 
 config.json has the format, the configuration, the class names and which weights they are. Where the model is built on a
-DINO or a tokenizer, the folder holds that too, and needs neither the file nor the hub that it came from.
+DINO, a tokenizer or an autoencoder, the folder holds that too, and needs neither the files nor the hub where it was.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 <run>/config.yaml          the resolved configuration            classes.json      names of the classes
       metrics.jsonl        a row an interval, its clock `nimg`   tensorboard/      the same
       samples/             a grid of images now and then         checkpoints/      see checkpoint.py
-      final.png, loss.png  at the end                            dino/, tokenizer/ see kept.py
+      final.png, loss.png  at the end                            dino/, ...        see kept.py
       owner.json           locked by the run that writes here, see owner.py
       wandb_id.txt         its id at Weights & Biases, where it is logged there
       evaluation.json      of `pixelgen evaluate`                generated/        of `pixelgen sample`
 
-<export>/model.safetensors, config.json, dino/, tokenizer/
+<export>/model.safetensors, config.json, dino/ or another thing that a model is built on
 """
 
 from __future__ import annotations

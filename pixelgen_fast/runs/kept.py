@@ -1,7 +1,7 @@
 """The copy of the weights that a model is built on and does not train, in the folder of a run or an export.
 
-A run whose model is built on a DINO or a tokenizer keeps what it began from, so that it draws, resumes and exports
-again when the file or the hub that it came from is gone. models/built_on.py says what there is to keep.
+A run whose model is built on a DINO, a tokenizer or an autoencoder keeps what it began from, so that it draws, resumes
+and exports again when the file or the hub that it came from is gone. models/built_on.py says what there is to keep.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ def keep(folder: Path, config: cfg.Config) -> None:
     Raises ValueError when it cannot be read, and InputError when a copy cannot be written.
     """
     for part in config.model.built_on:
-        kept = folder / part.name
-        if part.source(config) == str(kept):
+        places = part.places(config.model, folder)
+        if all(getattr(config.model, setting) == place for setting, place in places.items()):
             continue
+        kept = folder / part.name
         try:
             with published_folder(kept) as work:
                 part.copy(config, work)
@@ -37,11 +38,17 @@ def keep(folder: Path, config: cfg.Config) -> None:
 
 def with_kept(config: cfg.Config, folder: Path) -> cfg.Config:
     """The configuration with the copies that `keep` left in a folder, where there are some."""
-    there = {part.setting: str(folder / part.name) for part in config.model.built_on if (folder / part.name).is_dir()}
-    return replace(config, model=replace(config.model, **there))
+    return _reading(config, folder, [part.name for part in config.model.built_on if (folder / part.name).is_dir()])
 
 
 def inside(config: cfg.Config) -> cfg.Config:
-    """The configuration as an exported folder has it: what the model is built on, by its name in the folder."""
-    names = {part.setting: part.name for part in config.model.built_on}
-    return replace(config, model=replace(config.model, **names))
+    """The configuration as an exported folder has it: what the model is built on, by its place in the folder."""
+    return _reading(config, Path(), [part.name for part in config.model.built_on])
+
+
+def _reading(config: cfg.Config, folder: Path, names: list[str]) -> cfg.Config:
+    changes: dict[str, str] = {}
+    for part in config.model.built_on:
+        if part.name in names:
+            changes |= part.places(config.model, folder)
+    return replace(config, model=replace(config.model, **changes))

@@ -314,6 +314,6 @@ def test_the_copy_that_a_run_keeps_is_the_tokenizer(tmp_path: Path) -> None:
     config = SimpleNamespace(model=model.settings, data=SimpleNamespace(image_size=16))
     part.copy(config, tmp_path)
     again = tiny(tokenizer=str(tmp_path))
-    assert part.source(config) == "random"
+    assert part.places(config.model, tmp_path.parent) == {"tokenizer": str(tmp_path.parent / "tokenizer")}
     for p, q in zip(model._tokenizer[0].parameters(), again._tokenizer[0].parameters(), strict=True):
         assert torch.equal(p, q)

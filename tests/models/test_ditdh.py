@@ -6,6 +6,7 @@ import torch
 from support.models import batch, tiny_of
 from torch import Tensor, nn
 
+from pixelgen_fast.engine.metrics import forward_flops
 from pixelgen_fast.models import ditdh, latent, raev2
 
 SIZES = {
@@ -27,6 +28,21 @@ def test_parameter_counts(size: str) -> None:
     count = sum(p.numel() for p in model.parameters())
     assert count == trained
     assert count + model.position.numel() + model.t_embed.frequencies.numel() == everything
+
+
+@pytest.mark.parametrize(("size", "gflops"), [("S", 96.9), ("B", 131.4), ("L", 247.1), ("XL", 323.2)])
+def test_published_flops(size: str, gflops: float) -> None:
+    """2 per multiply-add, of an image of 256 pixels."""
+    with torch.device("meta"):
+        model = ditdh.build(ditdh.Settings(**SIZES[size][0]), 256, 1000)
+    assert forward_flops(model) / 1e9 == pytest.approx(gflops, abs=0.05)
+
+
+def test_on_the_meta_device_no_file_is_read() -> None:
+    with torch.device("meta"):
+        model = tiny(randomise=False, latent_channels=40, encoder="vit_base", decoder="nowhere")
+        x = model.encode(torch.zeros(2, 16, 16, 3, dtype=torch.uint8))
+    assert x.shape == (2, 40, 4, 4) and model.decode(x).shape == (2, 3, 16, 16) and x.is_meta
 
 
 def test_parameter_count_of_raev2() -> None:
@@ -116,7 +132,7 @@ def test_a_latent_is_the_pixels_of_its_patch() -> None:
 def test_settings_that_cannot_work_are_refused() -> None:
     with pytest.raises(ValueError, match=r"model\.latent_channels is 40, and model\.encoder patches gives 48"):
         tiny(latent_channels=40)
-    with pytest.raises(ValueError, match=r"model\.encoder 'vae' is unknown"):
+    with pytest.raises(ValueError, match=r"model\.encoder 'vae' is not a model of timm"):
         tiny(encoder="vae")
     with pytest.raises(ValueError, match=r"model\.encoder is null"):
         tiny(encoder=None).encode(torch.zeros(1, 16, 16, 3, dtype=torch.uint8))
