@@ -39,8 +39,9 @@ class Item(NamedTuple):
 class Source:
     """Gives the items of image numbers. Picklable.
 
-    seed, class_balanced: of the run's order. crop: "adm" or "none". halvings: how many box halvings the pipeline
-    performs; an image that needs more arrives halved by PIL already.
+    seed, class_balanced: of the run's order. crop: "adm", "none", or "later" where the crop is made of decoded pixels
+    and items have no geometry. halvings: how many box halvings the pipeline performs; an image that needs more arrives
+    halved by PIL already.
 
     bad: indexes known to be unreadable, never read; the loader adds to this set. found: index -> reason of images that
     turned out to be unreadable and are not in `bad`; whoever reads it clears it.
@@ -95,12 +96,12 @@ class Source:
     def _prepared(self, i: int, data: bytes) -> Item:
         header = inspect(data)
         height, width = header.height, header.width
-        if self.crop == "none":
-            if (height, width) != (self.size, self.size):
-                raise InputError(
-                    f"{self.index.path(i)} has {height} x {width} pixels, not {self.size} x {self.size}: crop 'none' "
-                    "takes images as they are; use crop 'adm', or pack the data at that size"
-                )
+        if self.crop == "none" and (height, width) != (self.size, self.size):
+            raise InputError(
+                f"{self.index.path(i)} has {height} x {width} pixels, not {self.size} x {self.size}: crop 'none' "
+                "takes images as they are; use crop 'adm', or pack the data at that size"
+            )
+        if self.crop in ("none", "later"):
             return _item(data if header.direct else as_ppm(decode(data)), np.zeros(HEAD, np.float32), i)
         plan = crop_plan(height, width, self.size)
         early = len(plan.halved) - self.halvings
