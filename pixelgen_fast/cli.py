@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     imported.add_argument("out", help="folder to write")
     imported.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, as model.encoder of latents")
-    imported.add_argument("--system", required=True, help="pixeldit, jit, deco, ditdh, raev2, fractal or alitok")
+    imported.add_argument("--system", required=True, help="pixeldit, jit, deco, ditdh, raev2, fractal, mar or alitok")
     imported.add_argument("--image-size", type=int, help="pixels a side (default: as the weights tell, or 256)")
     imported.add_argument("--weights", choices=("ema", "ema2", "raw"), help="ema2: JiT's second average")
     imported.add_argument("--tokenizer", help="AliTok's tokenizer, AliTok.pth, which the model draws images with")

@@ -34,7 +34,7 @@ __all__ = [
     "with_parts",
 ]
 
-SYSTEMS = ("pixeldit", "jit", "deco", "ditdh", "raev2", "fractal", "alitok")
+SYSTEMS = ("pixeldit", "jit", "deco", "ditdh", "raev2", "fractal", "mar", "alitok")
 
 log = logging.getLogger(__name__)
 

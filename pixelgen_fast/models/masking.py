@@ -27,8 +27,8 @@ def random_ranks(seed: int, numbers: Tensor, length: int) -> Tensor:
 
 def hidden_share(u: Tensor, low: float) -> Tensor:
     """The number of [low, 1] whose probability to be above the share that training hides is 1 - u; float64, as u."""
-    first, last = (torch.special.ndtr(torch.tensor((end - 1) / DEVIATION, dtype=torch.float64)) for end in (low, 1.0))
-    return 1 + DEVIATION * torch.special.ndtri(float(first) + u.double() * float(last - first))
+    below = 0.5 + 0.5 * math.erf((low - 1) / DEVIATION / math.sqrt(2))
+    return 1 + DEVIATION * torch.special.ndtri(below + u.double() * (0.5 - below))
 
 
 def training_mask(seed: int, numbers: Tensor, length: int, low: float) -> Tensor:

@@ -15,8 +15,9 @@ from torch.utils._pytree import tree_map
 from pixelgen_fast import config as cfg
 from pixelgen_fast.diffusion.path import to_unit
 from pixelgen_fast.engine import graph
-from pixelgen_fast.engine.objective import FlowMatching
-from pixelgen_fast.models import deco, jit, pixeldit
+from pixelgen_fast.engine.objective import FlowMatching, SequenceLoss, TrainingObjective
+from pixelgen_fast.models import deco, jit, mar, patch_ar, pixeldit
+from pixelgen_fast.models.system import SequentialSystem
 
 CLASSES, IMAGE, BATCH = 3, 8, 2
 SMALL = dict(hidden_size=24, num_heads=2, patch_size=4)
@@ -33,14 +34,23 @@ MODELS = {
         dict(SMALL, depth=2, bottleneck=8, context_length=0),
         cfg.Objective("x", "v", path="energy_guided"),
     ),
+    "patch autoregressor": (patch_ar, dict(SMALL, depth=1, head_depth=1, head_width=16), cfg.Objective("x", "v")),
+    "patch autoregressor, masked": (
+        patch_ar,
+        dict(SMALL, trunk="masked", depth=1, head="pixel", head_depth=1, pixel_channels=8),
+        cfg.Objective(),
+    ),
+    "mar": (mar, dict(SMALL, depth=1, head_depth=1, head_width=16, dropout=0.0), cfg.Objective()),
 }
 # what hands a number or a shape that depends on data to the host
 READS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "unique", "bincount")
 
 
-def objective(name: str) -> FlowMatching:
+def objective(name: str) -> TrainingObjective:
     system, settings, objective = MODELS[name]
-    return FlowMatching(system.build(system.Settings(**settings), IMAGE, CLASSES), objective, 1, null_class=CLASSES)
+    model = system.build(system.Settings(**settings), IMAGE, CLASSES)
+    kind = SequenceLoss if isinstance(model, SequentialSystem) else FlowMatching
+    return kind(model, objective, 1, null_class=CLASSES)
 
 
 def batch(number: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -66,7 +76,7 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def recorded(module: FlowMatching, inputs: tuple[Tensor, ...]) -> list[tuple[str, Any]]:
+def recorded(module: TrainingObjective, inputs: tuple[Tensor, ...]) -> list[tuple[str, Any]]:
     for parameter in module.parameters():
         parameter.grad = None
     with Operators() as operators:

@@ -29,7 +29,8 @@ TEACHER = ("alignment.teacher=vit_small_patch16_dinov3", "alignment.layer=2")
 SYSTEMS = [
     "pixeldit bf16", "repa bf16", "student as input bf16", "student as input, LoRA bf16", "student as trunk bf16",
     "frozen student bf16", "pixeldit2 bf16", "jit bf16", "deco bf16", "patch autoregressor bf16",
-    "patch autoregressor, masked bf16", "patch autoregressor, bottleneck bf16", "alitok bf16", "pixeldit fp32",
+    "patch autoregressor, masked bf16", "patch autoregressor, bottleneck bf16", "mar bf16", "alitok bf16",
+    "pixeldit fp32",
     "jit fp32 train.zero_stage=2", "repa bf16 train.zero_stage=3 model.num_heads=3",
     "pixeldit bf16 train.recompute=operators", "pixeldit bf16 train.recompute=blocks",
 ]  # fmt: skip
@@ -57,10 +58,10 @@ def test_every_configuration_is_listed_without_memory(name: str) -> None:
     with OffMeta() as off_meta:
         kernels = {started.launch.kernel.fn.__name__ for started in step_launches(load(name))}
     assert off_meta.most < 1_000_000  # tables of positions; the weights of the smallest are a hundred times as much
-    # every system's blocks have norms, attention and a feed-forward layer, or it is a trunk of DINO
+    # every system's blocks have norms, attention and a feed-forward layer; those of DINO and MAR are PyTorch's
     blocks = {f"{op}_{way}_kernel" for op in ("norm_modulate", "qk_norm_rope", "swiglu") for way in ("fwd", "bwd")}
     assert "adamw_ema_kernel" in kernels
-    assert blocks <= kernels or "trunk" in name
+    assert blocks <= kernels or "trunk" in name or name.startswith("mar")
     assert ("pixel_mlp_bwd_kernel" in kernels) == hasattr(load(name).model, "pixel_mlp_ratio")
 
 
@@ -132,7 +133,7 @@ def test_every_system_is_warmed(keys: dict[str, dict[str, list[str]]]) -> None:
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_step_after_warm_up_compiles_nothing(keys: dict[str, dict[str, list[str]]], system: str) -> None:
     warmed, started = (set(keys[system][of]) for of in ("warmed", "started"))
-    assert len(started) > 10
+    assert len(started) > (1 if system.startswith("mar") else 10)
     assert started <= warmed, started - warmed
     # more is warmed only for the optimizer, whose shard could have another size on more ranks
     assert all(key.startswith("adamw_ema_kernel ") for key in warmed - started)

@@ -81,6 +81,11 @@ VARIANTS |= {
         objective=dict(time_shift=1.0),
         sample=dict(steps=100, shift=1.0, temperature=0.9),
     ),
+    "mar": dict(
+        model=dict(SMALL, system="mar", depth=1, class_tokens=2, head_width=16, head_depth=1),
+        objective=dict(time_shift=1.0),
+        sample=dict(passes=3, shift=1.0),
+    ),
 }
 COMMON = OmegaConf.from_dotlist(
     [

@@ -36,6 +36,9 @@ TINY = {
         prefix_tokens=5, encoder_width=24, encoder_depth=1, encoder_heads=2, decoder_width=32, decoder_depth=1,
         decoder_heads=2, decoder_tokens=3,
     ),
+    "mar": dict(
+        hidden_size=24, num_heads=2, depth=2, patch_size=4, class_tokens=2, head_width=16, head_depth=2, dropout=0.0
+    ),
     "dino_student": dict(
         hidden_size=24, num_heads=2, patch_depth=2, patch_size=4, pixel_hidden_size=8, pixel_depth=1
     ),
