@@ -31,6 +31,10 @@ class BuiltOn(NamedTuple):
         named = [first, *(setting for setting in others if getattr(model, setting) is not None)]
         return {setting: str(folder / self.name / self.settings[setting]) for setting in named}
 
+    def is_read_from(self, model: Any, folder: Path) -> bool:
+        """Whether a model reads nothing of it but the copy in a folder."""
+        return all(getattr(model, setting) == place for setting, place in self.places(model, folder).items())
+
 
 def _copy_dino(config: Config, folder: Path) -> None:
     copy_dino(config.model.dino, config.model.weights, folder)

@@ -22,8 +22,7 @@ def keep(folder: Path, config: cfg.Config) -> None:
     Raises ValueError when it cannot be read, and InputError when a copy cannot be written.
     """
     for part in config.model.built_on:
-        places = part.places(config.model, folder)
-        if all(getattr(config.model, setting) == place for setting, place in places.items()):
+        if part.is_read_from(config.model, folder):
             continue
         kept = folder / part.name
         try:

@@ -36,7 +36,7 @@ def test_truncated_times_follow_their_law(mean, std, least):
     assert t.dtype == torch.float32 and least <= t.min() and t.max() < 1
     law = stats.truncnorm((special.logit(least) - mean) / std, np.inf, mean, std)
     assert stats.kstest(special.logit(t.numpy()), law.cdf).pvalue > 1e-3
-    shifted = time.sample_times(SEED, torch.arange(20_000), "logit_normal", mean, std, 3.0, least)
+    shifted = time.sample_times(SEED, torch.arange(20_000), "logit_normal", mean, std, 3.0, least=least)
     torch.testing.assert_close(shifted, t / (t + 3 * (1 - t)))
     uniform = time.sample_times(SEED, torch.arange(20_000), "uniform", least=least)
     assert stats.kstest(uniform.numpy(), "uniform", (least, 1 - least)).pvalue > 1e-3
