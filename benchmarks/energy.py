@@ -4,9 +4,10 @@
     python benchmarks/energy.py --count
 
 Measured: the trainer's whole step (benchmarks/step.py) on three ways that take turns, and the making of a training pair
-alone, on the linear path and on this one. "plain" is the linear path as it runs; "asked" the linear path with the
-model asked for its prediction, as this path needs it, instead of noising and comparing inside its own operators;
-"guided" this path. share: of the guided step, what its pair takes more than a linear one.
+alone, on the linear path and on this one, in CPU seconds of the process, which others on the machine do not change
+much. "plain" is the linear path as it runs; "asked" the linear path with the model asked for its prediction, as this
+path needs it, instead of noising and comparing inside its own operators; "guided" this path. share: of the guided step,
+what its pair takes more than a linear one.
 
 Counted (--count): operations of a step of 64 images of 256 px, traced on the meta device as benchmarks/traffic.py does,
 here with a second pass over the data for a transform of two axes. Modelled, not measured: bytes at 2.8 TB/s, products
@@ -19,6 +20,8 @@ import argparse
 import math
 import os
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from unittest.mock import patch
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-from machine import RESULTS, append, machine, seconds, spread
+from machine import RESULTS, append, machine, spread
 from pixelgen_kernels.bodies import forced
 from pixelgen_kernels.report.command import BASELINE
 from pixelgen_kernels.shapes import MODELS
@@ -76,6 +79,13 @@ def pair_inputs(training: Training) -> tuple[Tensor, Tensor, Tensor]:
     return *Noising(training.numbers, t, 0, 1.0).pair(training.images), t
 
 
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """CPU seconds of one call, on all threads of the process."""
+    begin = time.process_time()
+    call()
+    return time.process_time() - begin
+
+
 def measure(names: list[str], rounds: int, out: Path) -> None:
     keep_freed_memory()
     about = machine()
@@ -87,7 +97,7 @@ def measure(names: list[str], rounds: int, out: Path) -> None:
         times: dict[str, list[float]] = {way: [] for way in steps.ways}
         for number in tqdm(range(WARM_UP + rounds), desc=name, unit="round"):
             for way, call in steps.ways.items():
-                elapsed = seconds(call)
+                elapsed = cpu_seconds(call)
                 if number >= WARM_UP:
                     times[way].append(elapsed)
         found = {way: spread(values) for way, values in times.items()}
