@@ -142,15 +142,19 @@ class Generator:
 
 
 def check_guide(generator: Generator, guide: Generator, path: str) -> None:
-    """Raise GeneratorError, naming what differs, for a guide of other samples, classes or noise."""
+    """Raise GeneratorError, naming what differs, for a guide of other samples, classes, noise or another path."""
 
     def kind(g: Generator) -> dict[str, Any]:
         shape = [*g.model.sample_shape] if isinstance(g.model, System) else "no flow"
-        scale = g.config.objective.noise_scale
-        return {"samples": shape, "number of classes": len(g.classes), "objective.noise_scale": scale}
+        o, names = g.config.objective, ["noise_scale", "path"]
+        if o.path != "linear":  # what a network says of x or v there is not read as the other
+            names += ["sigma0", "release", "predict"]
+        settings = {f"objective.{name}": getattr(o, name) for name in names}
+        return {"samples": shape, "number of classes": len(g.classes)} | settings
 
     own, theirs = kind(generator), kind(guide)
-    if wrong := [f"{name} {theirs[name]} instead of {own[name]}" for name in own if own[name] != theirs[name]]:
+    both = [name for name in own if name in theirs]
+    if wrong := [f"{name} {theirs[name]} instead of {own[name]}" for name in both if own[name] != theirs[name]]:
         raise GeneratorError(f"sample.guide {path} does not go with this model: {'; '.join(wrong)}")
 
 

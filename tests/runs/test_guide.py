@@ -82,6 +82,23 @@ def test_a_guide_that_does_not_fit_is_named(tmp_path: Path, capsys: pytest.Captu
     assert f"sample.guide {other} does not go with this model" in capsys.readouterr().err
 
 
+def test_a_guide_goes_the_same_path(tmp_path: Path) -> None:
+    guided = dict(path="energy_guided", sigma0=2.0)
+    strong, weak = exported(tmp_path / "strong", "pixeldit", **guided), exported(tmp_path / "weak", "deco", **guided)
+    draw.load(strong).draw(torch.arange(3), guidance=2.0, guide=str(weak), **STEPS)
+    linear = exported(tmp_path / "linear", "pixeldit")
+    longer = exported(tmp_path / "longer", "deco", path="energy_guided")
+    of_x = exported(tmp_path / "of_x", "jit", predict="x", **guided)
+    for model, guide, message in (
+        (strong, linear, "objective.path linear instead of energy_guided"),
+        (linear, strong, "objective.path energy_guided instead of linear"),
+        (strong, longer, "objective.sigma0 3.5 instead of 2.0"),
+        (strong, of_x, "objective.predict x instead of v"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw.load(model).draw(torch.arange(3), guidance=2.0, guide=str(guide), **STEPS)
+
+
 def test_a_run_refuses_a_guide_before_it_starts(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     digits = Path(__file__).parents[2] / "configs" / "digits.yaml"
     guide = exported(tmp_path / "guide", "pixeldit")
