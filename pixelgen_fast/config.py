@@ -146,7 +146,8 @@ class Optimizer:
     # min(decay, (1 + s) / (10 + s)) after s steps, for short runs
     ema_warmup: bool = False
     warmup_images: int = at_least(0, default=0)
-    schedule: Literal["constant", "cosine", "stepped"] = "constant"
+    # stepped: the rate of the last of `drops`; linear: straight from each of them to the next, then constant
+    schedule: Literal["constant", "cosine", "stepped", "linear"] = "constant"
     drops: list[Drop] = field(default_factory=list)
 
 
@@ -347,10 +348,11 @@ def _check_optimizer(config: Config) -> None:
     p = config.optimizer
     if len(set(p.ema)) != len(p.ema) or not p.ema or not all(0 < decay < 1 for decay in p.ema):
         raise ConfigError(f"optimizer.ema is {p.ema}; give one or more different decays between 0 and 1")
-    if p.drops and p.schedule != "stepped":
-        raise ConfigError(f"optimizer.drops is given but optimizer.schedule is {p.schedule}; it must be stepped")
-    if p.schedule == "stepped" and not p.drops:
-        raise ConfigError("optimizer.schedule is stepped; give optimizer.drops: [{at_images: N, lr: X}, ...]")
+    uses_drops = p.schedule in ("stepped", "linear")
+    if p.drops and not uses_drops:
+        raise ConfigError(f"optimizer.drops goes with optimizer.schedule stepped or linear, and it is {p.schedule}")
+    if uses_drops and not p.drops:
+        raise ConfigError(f"optimizer.schedule is {p.schedule}; give optimizer.drops: [{{at_images: N, lr: X}}, ...]")
     if [drop.at_images for drop in p.drops] != sorted({drop.at_images for drop in p.drops}):
         raise ConfigError(f"optimizer.drops at {[drop.at_images for drop in p.drops]} images; they must increase")
     if p.warmup_images >= config.train.images:

@@ -10,9 +10,10 @@ from support.golden import FOLDER, relative
 from support.models import TINY, tiny
 from torch import Tensor, nn
 
+from pixelgen_fast import config as cfg
 from pixelgen_fast import interop
 from pixelgen_fast.cli import main
-from pixelgen_fast.models import system_module
+from pixelgen_fast.models import model_schema, system_module
 from pixelgen_fast.runs import draw
 
 SYSTEMS = {"ditdh": "rae_ditdh", "raev2": "raev2_ditdh"}
@@ -96,6 +97,16 @@ def test_what_the_sampler_is_told() -> None:
     two = interop.settings("raev2", raev2, 256)
     assert two["objective"] == {"predict": "x", "time_shift": 8.0}
     assert two["sample"]["guidance"] == 1.78 and two["sample"]["shift"] == 8.0 and "end" not in two["sample"]
+
+
+@pytest.mark.parametrize("name", ["ditdh_s", "ditdh_b", "ditdh_l", "ditdh_xl", "raev2_xl"])
+def test_a_shipped_configuration_trains_and_draws_as_published_weights_do(name: str) -> None:
+    config = cfg.load(Path(__file__).parents[1] / "configs" / f"{name}_256.yaml", [], model_schema)
+    sections = interop.settings(config.model.system, config.model, config.data.image_size)
+    for section in ("objective", "sample"):
+        for key, value in sections[section].items():
+            found = vars(getattr(config, section))[key]
+            assert (list(found) if isinstance(found, tuple) else found) == value, key
 
 
 def test_what_is_wrong_is_named(system: str, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

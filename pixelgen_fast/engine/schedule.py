@@ -3,6 +3,7 @@
 warm-up   lr n / warmup for n < warmup
 cosine    lr (1 + cos(pi (n - warmup) / (total - warmup))) / 2
 stepped   the rate of the last drop that is not ahead
+linear    straight from each drop to the next; before the first one the rate is lr, behind the last one its own
 """
 
 from __future__ import annotations
@@ -19,5 +20,9 @@ def learning_rate(optimizer: Optimizer, nimg: int, total: int) -> float:
     if optimizer.schedule == "cosine":
         progress = (nimg - optimizer.warmup_images) / (total - optimizer.warmup_images)
         return optimizer.lr * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
-    passed = [drop.lr for drop in optimizer.drops if drop.at_images <= nimg]
-    return passed[-1] if passed else optimizer.lr
+    passed = [drop for drop in optimizer.drops if drop.at_images <= nimg]
+    if optimizer.schedule == "linear" and 0 < len(passed) < len(optimizer.drops):
+        begin, end = passed[-1], optimizer.drops[len(passed)]
+        share = (nimg - begin.at_images) / (end.at_images - begin.at_images)
+        return begin.lr + share * (end.lr - begin.lr)
+    return passed[-1].lr if passed else optimizer.lr

@@ -3,6 +3,7 @@
 That a step in the interpreter starts exactly what is listed is proved in tests/kernels/test_step_launches.py.
 """
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -25,12 +26,19 @@ HERE = Path(__file__).parent
 CONFIGS = Path(__file__).parents[2] / "configs"
 # configurations of runs, not those of `pixelgen compare` and `pixelgen teacher`
 RUNS = sorted(path.stem for path in CONFIGS.glob("*.yaml") if "model:" in path.read_text().splitlines())
+
+
+def small_systems() -> list[str]:
+    """The variants of test_systems.py, which warm_worker.py takes a step of."""
+    spec = importlib.util.spec_from_file_location("small_systems", HERE / "test_systems.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return list(module.VARIANTS)
+
+
 TEACHER = ("alignment.teacher=vit_small_patch16_dinov3", "alignment.layer=2")
 SYSTEMS = [
-    "pixeldit bf16", "repa bf16", "student as input bf16", "student as input, LoRA bf16", "student as trunk bf16",
-    "frozen student bf16", "pixeldit2 bf16", "jit bf16", "deco bf16", "patch autoregressor bf16",
-    "patch autoregressor, masked bf16", "patch autoregressor, bottleneck bf16", "mar bf16", "alitok bf16",
-    "pixeldit fp32",
+    *(f"{variant} bf16" for variant in small_systems()), "pixeldit fp32",
     "jit fp32 train.zero_stage=2", "repa bf16 train.zero_stage=3 model.num_heads=3",
     "pixeldit bf16 train.recompute=operators", "pixeldit bf16 train.recompute=blocks",
 ]  # fmt: skip
@@ -58,8 +66,10 @@ def test_every_configuration_is_listed_without_memory(name: str) -> None:
     with OffMeta() as off_meta:
         kernels = {started.launch.kernel.fn.__name__ for started in step_launches(load(name))}
     assert off_meta.most < 1_000_000  # tables of positions; the weights of the smallest are a hundred times as much
-    # every system's blocks have norms, attention and a feed-forward layer; those of DINO and MAR are PyTorch's
-    blocks = {f"{op}_{way}_kernel" for op in ("norm_modulate", "qk_norm_rope", "swiglu") for way in ("fwd", "bwd")}
+    # every system's blocks have norms, attention and a feed-forward layer; those of DINO and MAR are PyTorch's, and
+    # DiT-DH does not norm its queries and keys
+    operators = ["norm_modulate", "swiglu", *(["qk_norm_rope"] if not name.startswith("ditdh") else [])]
+    blocks = {f"{op}_{way}_kernel" for op in operators for way in ("fwd", "bwd")}
     assert "adamw_ema_kernel" in kernels
     assert blocks <= kernels or "trunk" in name or name.startswith("mar")
     assert ("pixel_mlp_bwd_kernel" in kernels) == hasattr(load(name).model, "pixel_mlp_ratio")
@@ -133,7 +143,7 @@ def test_every_system_is_warmed(keys: dict[str, dict[str, list[str]]]) -> None:
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_a_step_after_warm_up_compiles_nothing(keys: dict[str, dict[str, list[str]]], system: str) -> None:
     warmed, started = (set(keys[system][of]) for of in ("warmed", "started"))
-    assert len(started) > (1 if system.startswith("mar") else 10)
+    assert len(started) > (1 if system.startswith(("mar", "fractal")) else 10)
     assert started <= warmed, started - warmed
     # more is warmed only for the optimizer, whose shard could have another size on more ranks
     assert all(key.startswith("adamw_ema_kernel ") for key in warmed - started)

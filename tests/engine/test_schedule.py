@@ -21,3 +21,9 @@ def test_cosine_ends_at_zero_and_passes_half_in_the_middle() -> None:
 def test_drops_take_effect_at_their_image() -> None:
     optimizer = Optimizer(lr=1.0, schedule="stepped", drops=[Drop(100, 0.1), Drop(200, 0.01)])
     assert [learning_rate(optimizer, n, 300) for n in (0, 99, 100, 199, 200)] == [1.0, 1.0, 0.1, 0.1, 0.01]
+
+
+def test_a_linear_rate_runs_straight_from_drop_to_drop() -> None:
+    optimizer = Optimizer(lr=2.0, schedule="linear", warmup_images=10, drops=[Drop(100, 2.0), Drop(200, 1.0)])
+    rates = [learning_rate(optimizer, n, 900) for n in (5, 10, 99, 100, 125, 150, 199, 200, 899)]
+    assert rates == pytest.approx([1.0, 2.0, 2.0, 2.0, 1.75, 1.5, 1.01, 1.0, 1.0])
