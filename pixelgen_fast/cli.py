@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _check_processes(args: argparse.Namespace) -> None:
     """Name this process where it is one of several. Raises InputError for a command that works in one."""
-    if args.command in (commands.train, commands.sample, commands.evaluate):
+    if args.command in (commands.train, commands.decoder, commands.sample, commands.evaluate):
         if args.local_rank is not None:
             os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
         if (said := processes.join(os.environ)) and os.environ["RANK"] == "0":
@@ -113,12 +113,15 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command(
         "evaluate",
         commands.evaluate,
-        "Measure generated images: accuracy and Fréchet distance of digits, FID of others.",
+        "Measure generated images by FID, digits by class and Fréchet distance; a decoder by PSNR, LPIPS and rFID.",
     )
     _add_model_arguments(evaluate)
     evaluate.add_argument("--samples", type=int, help="images to draw (default: 1000 digits, 50000 others)")
-    evaluate.add_argument("--reference", help="real images (folder), or their statistics (.npz), for FID")
+    evaluate.add_argument(
+        "--reference", help="real images (folder), or their statistics (.npz), for FID; what a decoder is to decode"
+    )
     evaluate.add_argument("--inception", help="local file of torch-fidelity's Inception weights")
+    evaluate.add_argument("--vgg", help="of LPIPS, for a decoder: file of torchvision's VGG-16, or none for no LPIPS")
     evaluate.add_argument("--out", help="JSON file to write (default: RUN/evaluation.json)")
 
     export = command(
@@ -152,6 +155,7 @@ def _parser() -> argparse.ArgumentParser:
 
     for name, function, text, example in (
         ("teacher", commands.teacher, "Train a small teacher for feature alignment on the images.", "teacher_digits"),
+        ("decoder", commands.decoder, "Train, or go on with, the decoder of an encoder's latents.", "decoder_digits"),
         ("latents", commands.latents, "Mean and variance of an encoder's latents over a data set.", "decoder_digits"),
     ):
         program = command(name, function, text)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast import errors
@@ -105,7 +105,35 @@ def _sample(args: argparse.Namespace, team: Team) -> None:
 def evaluate(args: argparse.Namespace) -> int:
     if args.samples is not None and args.samples < 2:
         raise errors.InputError(f"--samples is {args.samples}; it must be at least 2")
+    from pixelgen_fast.decoding.judge import decoder_folder
+
+    if (folder := decoder_folder(args.run)) is not None:
+        return _evaluate_decoder(args, folder)
+    if args.vgg is not None:
+        raise errors.InputError(f"--vgg is of LPIPS, which judges decoders, and {args.run} holds none; leave it out")
     return _together(_evaluate, args)
+
+
+def _evaluate_decoder(args: argparse.Namespace, folder: Path) -> int:
+    from pixelgen_fast.decoding.judge import evaluate_decoder
+    from pixelgen_fast.processes import world_size
+
+    given = [name for name in ("weights", *_SAMPLING) if name != "batch" and getattr(args, name) is not None]
+    if given:
+        raise errors.InputError(f"--{given[0]} is of drawing, and a decoder draws nothing of its own; leave it out")
+    if (count := world_size(os.environ)) > 1:
+        raise errors.InputError(f"{count} processes were started, and a decoder is judged by one: start it alone")
+    report, settings = evaluate_decoder(
+        folder,
+        root=args.reference,
+        count=args.samples,
+        batch=args.batch or cfg.Sampling().batch,
+        vgg=args.vgg,
+        inception=args.inception,
+        device=_device(args),
+    )
+    _write_report(args, settings, report)
+    return 0
 
 
 def _evaluate(args: argparse.Namespace, team: Team) -> None:
@@ -131,11 +159,16 @@ def _evaluate(args: argparse.Namespace, team: Team) -> None:
     report = _judge(images, labels, digits, args)
     del settings["batch"]  # the images do not depend on it
     settings |= {"weights": loaded.weights, "nimg": loaded.nimg}
+    _write_report(args, settings, report, drawing=drawing)
+
+
+def _write_report(args: argparse.Namespace, settings: dict[str, Any], report: Any, **more: Any) -> None:
+    """Print what `evaluate` found, and write it as JSON, with more that is not printed."""
     print(f"{args.run}: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
     print("\n".join(report.lines()))
     out = Path(args.out).expanduser() if args.out else RunFolder(Path(args.run)).evaluation
     with replaced(out) as work:
-        found = {"settings": settings, "drawing": drawing, "report": report.as_dict()}
+        found = {"settings": settings, **more, "report": report.as_dict()}
         work.write_text(json.dumps(found, indent=2) + "\n")
 
 
@@ -231,6 +264,18 @@ def teacher(args: argparse.Namespace) -> int:
 
     print("\n".join(train.train(schema.load(args.config, args.overrides)).lines()))
     return 0
+
+
+def decoder(args: argparse.Namespace) -> int:
+    from pixelgen_fast.decoding import schema
+
+    config = schema.load(args.config, args.overrides)
+    from pixelgen_fast.engine.heartbeat import Heartbeat
+
+    with Heartbeat(config.run.rank_limit, config.run.stuck_limit) as heart:
+        from pixelgen_fast.decoding.train import DecoderTrainer
+
+        return DecoderTrainer(config, heart).run()
 
 
 def latents(args: argparse.Namespace) -> int:

@@ -141,6 +141,9 @@ class ViTBlock(nn.Module):
 
     x <- x + proj(attention(LN(x)));  x <- x + fc2(GELU(fc1(LN(x))))
     dropout: in training, of the shares of attention and of what proj, fc1 and fc2 give.
+
+    The keys' bias adds the same to all scores of a query and cancels in the softmax. Its gradient would be nothing but
+    rounding, which AdamW scales up to steps, so it gets none.
     """
 
     def __init__(self, dim: int, num_heads: int, hidden: int, eps: float, dropout: float = 0.0) -> None:
@@ -157,7 +160,9 @@ class ViTBlock(nn.Module):
 
     def forward(self, x_BLD: Tensor, seen_BL: Tensor | None = None) -> Tensor:
         """seen: bool [B, L], the tokens that the others may read; None: all."""
-        x_BLD = x_BLD + self.drop(self.proj(self.attend(self.qkv(self.norm1(x_BLD)), seen_BL)))
+        of_q, of_k, of_v = self.qkv.bias.chunk(3)
+        qkv = F.linear(self.norm1(x_BLD), self.qkv.weight, torch.cat([of_q, of_k.detach(), of_v]))
+        x_BLD = x_BLD + self.drop(self.proj(self.attend(qkv, seen_BL)))
         return x_BLD + self.drop(self.fc2(self.drop(F.gelu(self.fc1(self.norm2(x_BLD))))))
 
     def attend(self, qkv: Tensor, seen_BL: Tensor | None) -> Tensor:

@@ -12,7 +12,8 @@ from pixelgen_fast.overrides import merge, read_layers
 from pixelgen_fast.rae.decoder import DecoderSettings
 from pixelgen_fast.settings import ConfigError, above, at_least, check_ranges, within
 
-LATENTS, DECODER = "latents.safetensors", "decoder"  # in run.dir: the statistics, and the folder of the trained decoder
+# in run.dir: the statistics, the folder of the trained decoder, and the copy of the encoder
+LATENTS, DECODER, ENCODER = "latents.safetensors", "decoder", "encoder"
 
 
 @dataclass

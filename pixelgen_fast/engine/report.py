@@ -71,10 +71,10 @@ class Report:
                 "nimg": nimg,
                 "step": nimg // batch,
                 "loss": loss,
-                **{f"loss_{name}": mean for name, mean in zip(p.objective.columns, others, strict=True)},
+                **{self.column(name): mean for name, mean in zip(p.objective.columns, others, strict=True)},
                 **self._of_alignment(interval.nimg, nimg, seconds, dict(zip(p.objective.columns, others, strict=True))),
                 "grad_norm": float(p.engine.grad_norm),
-                "lr": learning_rate(p.config.optimizer, nimg - batch, p.total) * p.config.train.return_lr**self.returns,
+                "lr": self.rate(nimg - batch) * p.config.train.return_lr**self.returns,
                 "images_per_second": rate,
                 "model_flops": rate * p.image_flops,
                 "model_flops_share": rate * p.image_flops / (self.peak * p.world) if p.rank == 0 else 0.0,
@@ -105,6 +105,14 @@ class Report:
             self.say(f"the alignment loss has ended at image {alignment.stop:,} (alignment.stop_images)")
         loss = mean / share if share and mean is not None else None
         return columns | {"loss_alignment": loss, "aligned_share": share}
+
+    def column(self, part: str) -> str:
+        """What a row of metrics calls a part of the loss."""
+        return f"loss_{part}"
+
+    def rate(self, nimg: int) -> float:
+        """The scheduled learning rate of the step that begins at an image."""
+        return learning_rate(self.parts.config.optimizer, nimg, self.parts.total)
 
     def grid(self, path: Path, nimg: int, requested: Callable[[], bool]) -> bool:
         """A labelled grid on fixed noise from the first average of the weights, drawn by rank 0. All ranks call it.
@@ -198,17 +206,22 @@ class Report:
             with replaced(path) as work:
                 work.write_text(text)
         peak, what = device_peak(p.device)
-        t = p.config.train
-        accumulation = p.order(0).accumulation
-        print(
+        print(f"{self.headline()}\npeak: {peak / 1e9:,.0f} GFLOP/s ({what})\n{p.operators}")
+        return peak
+
+    def headline(self) -> str:
+        """What the run is, in a line."""
+        p, t = self.parts, self.parts.config.train
+        return (
             f"{p.folder.root}: {len(p.index):,} images in {len(p.classes)} classes; "
             f"{sum(torch.Size(s).numel() for s in p.engine.shapes.values()):,} parameters; "
-            f"{p.world} x {p.device.type}, {p.precision}, ZeRO stage {t.zero_stage}; "
-            f"{t.global_batch} images a step = {p.world} ranks x {accumulation} x {t.micro_batch}\n"
-            f"peak: {peak / 1e9:,.0f} GFLOP/s ({what})\n"
-            f"{p.operators}"
+            f"{p.world} x {p.device.type}, {p.precision}{self.sharding()}; "
+            f"{t.global_batch} images a step = {p.world} ranks x {p.order(0).accumulation} x {t.micro_batch}"
         )
-        return peak
+
+    def sharding(self) -> str:
+        """How the run's state lies on its ranks, for the headline."""
+        return f", ZeRO stage {self.parts.config.train.zero_stage}"
 
 
 class Interval:

@@ -7,18 +7,21 @@ ranks and at any ZeRO stage, goes on as if it had never stopped.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast import errors
+from pixelgen_fast.data import Batch
 from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.data.order import RULE
-from pixelgen_fast.engine.assemble import assemble
+from pixelgen_fast.engine.assemble import Parts, assemble
+from pixelgen_fast.engine.changes import averages, data_changes, differences, with_defaults
 from pixelgen_fast.engine.collectives import any_rank
 from pixelgen_fast.engine.feed import Feed
 from pixelgen_fast.engine.graph import capture
@@ -27,7 +30,6 @@ from pixelgen_fast.engine.keeper import Keeper
 from pixelgen_fast.engine.report import Interval, Report
 from pixelgen_fast.engine.schedule import learning_rate
 from pixelgen_fast.engine.step import training_step
-from pixelgen_fast.models import model_schema
 from pixelgen_fast.runs import checkpoint
 from pixelgen_fast.runs.kept import keep
 from pixelgen_fast.runs.owner import Owner
@@ -55,14 +57,20 @@ class TrainingError(errors.UserError, RuntimeError):
 class Trainer:
     """One process of a run: `Trainer(config).run()` trains to the end and returns the exit code.
 
+    What trains something else than a generator is a subclass: `assemble`, `prepare`, `new_report` and `learn` are its
+    own, and so are the settings that its checkpoints' tensors depend on, whole sections or single ones.
     Raises before the first step when something does not fit: UserError for settings and data, FileNotFoundError for a
     missing root, CheckpointError for what cannot be resumed, TrainingError for a full disk.
     """
 
+    fixed_sections: ClassVar[tuple[str, ...]] = ("model.",)
+    fixed: ClassVar[tuple[str, ...]] = FIXED
+
     def __init__(self, config: cfg.Config, heart: Heartbeat | None = None) -> None:
         """heart: of this rank, beating; None in a run of one process."""
         self.heart = heart or Heartbeat()
-        self.config, self.parts = config, assemble(config, self.heart)
+        self.config = config
+        self.parts = self.assemble()
         self.engine, self.folder, self.rank = self.parts.engine, self.parts.folder, self.parts.rank
         self.nimg, self.seconds, self.returns, self.due = 0, 0.0, 0, False
         self.keeper = Keeper(config, self.engine, self.folder.checkpoints, self.parts.device, self._say)
@@ -72,22 +80,49 @@ class Trainer:
             on_failure.callback(self.owner.close)
             self.heart.at("reading the last checkpoint")
             self._claim()
-            if config.train.cuda_graph:
-                capture(self.parts.objective, config.train.micro_batch, config.data.image_size, self.parts.device)
-            if self.rank == 0:
-                keep(self.folder.root, self.parts.built)
+            self.prepare()
             self.heart.at("starting the report and the loader")
             self._begin()
             on_failure.pop_all()
+
+    def assemble(self) -> Parts:
+        """The parts of the run."""
+        return assemble(self.config, self.heart)
+
+    def prepare(self) -> None:
+        """What is to be done once the folder is this run's."""
+        train = self.config.train
+        if train.cuda_graph:
+            capture(self.parts.objective, train.micro_batch, self.config.data.image_size, self.parts.device)
+        if self.rank == 0:
+            keep(self.folder.root, self.parts.built)
+
+    def read_as(self) -> cfg.Data:
+        """How the loader gives images."""
+        return self.config.data
+
+    def new_report(self, before: Report | None) -> Report:
+        """What reports from the present image on. before: the report up to a return."""
+        return Report(self.parts, self.nimg, self.returns, before)
+
+    def learn(
+        self, batches: Sequence[Batch], first: Sequence[int], share: float, at: Callable[[str], object]
+    ) -> Tensor:
+        """The optimizer step on the next images, at `share` of the scheduled rate; returns as `training_step` does.
+
+        first: number of the first image of each micro-batch. at: told which part of the step begins.
+        """
+        self.engine.set_lr(share * learning_rate(self.config.optimizer, self.nimg, self.parts.total))
+        return training_step(self.engine, self.parts.objective, batches, first, at)
 
     def _say(self, text: str) -> None:
         self.report.say(text)
 
     def _begin(self, before: Report | None = None) -> None:
         """What counts from the present image on. before: the report up to a return."""
-        self.report = Report(self.parts, self.nimg, self.returns, before)
+        self.report = self.new_report(before)
         self.order = self.parts.order(self.nimg)
-        self.loader = Loader(self.parts.index, self.order, self.config.data, self.parts.device, asked=self._asked)
+        self.loader = Loader(self.parts.index, self.order, self.read_as(), self.parts.device, asked=self._asked)
         self.feed = Feed(self.loader, self.order)
 
     def _claim(self) -> None:
@@ -149,14 +184,11 @@ class Trainer:
 
     def train_step(self) -> None:
         """The step on the next images."""
-        batch, train = self.config.train.global_batch, self.config.train
+        batch, share = self.config.train.global_batch, self.config.train.return_lr**self.returns
         self.heart.step(self.nimg // batch + 1)
         self.heart.at("waiting for images")
-        rate = learning_rate(self.config.optimizer, self.nimg, self.parts.total)
-        self.engine.set_lr(rate * train.return_lr**self.returns)
         batches, first = self.feed.take()
-        at = partial(self.heart.at, patient=False)
-        losses = training_step(self.engine, self.parts.objective, batches, first, at)
+        losses = self.learn(batches, first, share, partial(self.heart.at, patient=False))
         self.nimg += batch
         self.report.add(batch, losses)
         self.keeper.step(losses, self.nimg - batch, self.nimg)
@@ -278,7 +310,7 @@ class Trainer:
             return
         state = checkpoint.read_state(path, checkpoint.RUN)
         changed = differences(with_defaults(state["config"]), cfg.to_dict(self.config))
-        fixed = [key for key in changed if key.startswith("model.") or key in FIXED]
+        fixed = [key for key in changed if key.startswith(self.fixed_sections) or key in self.fixed]
         if averages(state["config"], path) != {*self.config.optimizer.ema}:
             fixed.append("optimizer.ema")
         if fixed or state["classes"] != self.parts.classes:
@@ -337,48 +369,3 @@ class Trainer:
 def crossed(nimg: int, batch: int, interval: int) -> bool:
     """Whether the step of `batch` images that ended at nimg reached a multiple of the interval (0: never)."""
     return interval > 0 and nimg // interval > (nimg - batch) // interval
-
-
-def data_changes(old: Any, new: dict[str, Any]) -> list[str]:
-    """What to say of data, or an order, that are not those of the checkpoint, where it tells."""
-    if not isinstance(old, dict) or not isinstance(old.get("images"), int):
-        return []
-    changes = []
-    if old["images"] != new["images"]:
-        changes.append(f"the data have changed: {old['images']:,} images -> {new['images']:,}")
-    elif old.get("fingerprint") != new["fingerprint"]:
-        changes.append(f"the data have changed: {new['images']:,} images as before, with others among them")
-    if old.get("order") != new["order"]:
-        before = old.get("order", "an earlier version's, which it does not name")
-        changes.append(f"the order of the images has changed: {before} -> {new['order']}")
-    return changes
-
-
-def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's configuration with the defaults of settings that are newer; as it is where it is none of today."""
-    try:
-        return cfg.to_dict(cfg.from_dict(saved, model_schema))
-    except cfg.ConfigError:
-        return saved
-
-
-def averages(config: dict[str, Any], path: Path) -> set[float]:
-    """The averages that a checkpoint's configuration names. Raises CheckpointError where it names none."""
-    try:
-        return {float(decay) for decay in config["optimizer"]["ema"]}
-    except (KeyError, TypeError, ValueError) as error:
-        raise checkpoint.CheckpointError(
-            f"checkpoint {path} cannot be used: its config has no optimizer.ema"
-        ) from error
-
-
-def differences(old: dict, new: dict, prefix: str = "") -> dict[str, str]:
-    """Dotted keys whose values differ between two configurations, with `old -> new`; run.* does not count."""
-    changed: dict[str, str] = {}
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key, "not a setting"), new.get(key, "not a setting")
-        if isinstance(a, dict) and isinstance(b, dict):
-            changed |= {} if prefix == "" and key == "run" else differences(a, b, f"{prefix}{key}.")
-        elif a != b:
-            changed[f"{prefix}{key}"] = f"{a} -> {b}"
-    return changed

@@ -179,7 +179,7 @@ class Mar(SequentialSystem):
         return [*self.trunk.blocks(), *self.head.blocks()]
 
     def whole_modules(self) -> list[nn.Module]:
-        return []
+        return self.trunk.blocks()
 
 
 def decoder_of(s: Settings) -> tuple[int, int, int]:

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from pixelgen_fast.errors import InputError
 from pixelgen_fast.layers import Float32Tables
 from pixelgen_fast.rae.decoder import Decoder
 from pixelgen_fast.rae.encoder import Encoder, load_encoder
-from pixelgen_fast.rae.files import Statistics, load_decoder, read_statistics
+from pixelgen_fast.rae.files import Statistics, load_decoder, own_encoder, read_about, read_statistics
 
 EPS = 1e-5
 
@@ -73,7 +74,7 @@ def load_autoencoder(
     encoder: str | None,
     weights: str | None = None,
     *,
-    grid: int,
+    grid: int | None = None,
     layers: Sequence[int] = (),
     decoder: str | None = None,
     statistics: str | None = None,
@@ -81,14 +82,19 @@ def load_autoencoder(
 ) -> Autoencoder:
     """An autoencoder from files, on the CPU in float32; under torch.device("meta") its shapes alone.
 
-    encoder, weights, layers: as `load_encoder` takes them; None for an encoder that is not needed. grid: n, latent
-    tokens a side. decoder: a folder of `pixelgen decoder`, or a published file; None for none. statistics: a file of
-    `pixelgen latents`, or a published one; None standardises nothing. keys: the settings that hold the encoder's name
-    and weights, for messages.
+    encoder, weights, layers: as `load_encoder` takes them; with None the encoder is the one that the decoder's folder
+    holds, if any. grid: n, latent tokens a side; None for the decoder's. decoder: a folder of `pixelgen decoder`, or a
+    published file; None for none. statistics: a file of `pixelgen latents`, or a published one; None standardises
+    nothing. keys: the settings that hold the encoder's name and weights, for messages.
 
     The pixels of a published decoder have its encoder's mean and deviation, of RAEv2's, which comes with `layers`,
     none. Raises InputError for files that cannot be read or are of different latents, and what `load_encoder` raises.
     """
+    if encoder is None and decoder is not None and (own := own_encoder(decoder)) is not None:
+        encoder, weights, layers = own
+        grid = grid or read_about(Path(decoder))["grid"]
+    if encoder is not None and grid is None:
+        raise ValueError("grid is needed, the latents a side, where an encoder is named")
     part = None if encoder is None else load_encoder(encoder, weights, grid, layers, keys)
     channels = part.channels if part is not None and not part.layers else None
     return Autoencoder(

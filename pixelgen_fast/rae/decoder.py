@@ -82,6 +82,10 @@ class Decoder(Float32Tables):
     def forward(self, z: Tensor) -> Tensor:
         return self.images(self.features(z))
 
+    def trial(self, batch: int) -> Tensor:
+        """A forward pass on `batch` empty latents, where the parameters are: to count FLOPs."""
+        return self(self.embed.weight.new_zeros(batch, self.latent_dim, self.grid, self.grid))
+
     def features(self, z: Tensor) -> Tensor:
         """What the last layer reads: [B, N, D]."""
         h_BND = self.embed(rearrange(z, "B C h w -> B (h w) C").to(self.embed.weight.dtype))

@@ -78,11 +78,13 @@ class Backbone(Float32Tables):
 class SpectralConv(nn.Module):
     """Conv1d over tokens with weight W / sigma(W), sigma = u W v: [B, D, T] -> [B, D', T], circularly padded.
 
-    `renew` takes one step of the power iteration that finds u and v; a forward pass takes none.
+    `renew` takes one step of the power iteration that finds u and v; a forward pass takes none. normed: a norm over
+    tokens follows and takes the bias away again; it then gets no gradient, which would be nothing but rounding.
     """
 
-    def __init__(self, width: int, out: int, size: int = 1) -> None:
+    def __init__(self, width: int, out: int, size: int = 1, normed: bool = False) -> None:
         super().__init__()
+        self.normed = normed
         conv = nn.Conv1d(width, out, size)
         self.weight, self.bias = conv.weight, conv.bias
         self.register_buffer("u", F.normalize(torch.randn(out), dim=0, eps=SPECTRAL_EPS))
@@ -90,9 +92,10 @@ class SpectralConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         size = self.weight.shape[-1]
-        sigma = torch.dot(self.u, self.weight.flatten(1) @ self.v)
+        # copies, because a renewal changes them in place while a graph may keep them
+        sigma = torch.dot(self.u.clone(), self.weight.flatten(1) @ self.v.clone())
         padded = F.pad(x, (size // 2, size // 2), mode="circular") if size > 1 else x
-        return F.conv1d(padded, self.weight / sigma, self.bias)
+        return F.conv1d(padded, self.weight / sigma, self.bias.detach() if self.normed else self.bias)
 
     @torch.no_grad()
     def renew(self) -> None:
@@ -118,7 +121,7 @@ class Layer(nn.Module):
 
     def __init__(self, width: int, size: int) -> None:
         super().__init__()
-        self.conv = SpectralConv(width, width, size)
+        self.conv = SpectralConv(width, width, size, normed=True)
         self.norm = TokenNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -37,6 +37,8 @@ _CHANGES = {
     "siglip": {"global_pool": "", "act_layer": "gelu_tanh"},
     "mae": {"norm_layer": partial(nn.LayerNorm, eps=1e-12)},
 }
+# of `load_dino`: names of all families, and files without what an encoder leaves away
+_READING = {"rename": encoder_to_timm, "optional": ("norm.weight", "norm.bias")}
 _PLAIN_RESIZE = ("mae", "siglip")
 
 

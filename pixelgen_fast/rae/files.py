@@ -1,6 +1,7 @@
 """What RAE has on disk: decoders and the statistics of latents, ours and the published ones.
 
     <decoder>/model.safetensors, config.json      of `pixelgen decoder`: weights, and what they are of
+              encoder/                            the encoder whose latents it decodes
     <statistics>.safetensors                      mean and var [C, n, n], and in the header what they are of
     model.pt, stat.pt                             as published: a decoder's state dict; {mean, var}
 
@@ -10,6 +11,7 @@ Shapes: C latent channels, n x n latent tokens.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,7 +30,7 @@ from pixelgen_fast.rae.decoder import Decoder, DecoderSettings
 from pixelgen_fast.rae.encoder import Encoder
 from pixelgen_fast.weights import misfits, plain_names, read_file
 
-WEIGHTS, ABOUT = "model.safetensors", "config.json"
+WEIGHTS, ABOUT, ENCODER = "model.safetensors", "config.json", "encoder"
 FORMAT = "pixelgen_fast decoder 1"
 # what training checkpoints of the published code hold, and what stands before a decoder's names in them
 _SECTIONS, _PREFIX = ("ema", "model"), "decoder."
@@ -45,8 +47,12 @@ class Statistics(NamedTuple):
 Channels = tuple[Sequence[float], Sequence[float]]
 
 
-def save_decoder(folder: Path, decoder: Decoder, about: Mapping[str, Any]) -> None:
-    """Write a decoder's folder, in place of an older one. about: more of what it is, plain types."""
+def save_decoder(folder: Path, decoder: Decoder, about: Mapping[str, Any], encoder: Path | None = None) -> None:
+    """Write a decoder's folder, in place of an older one.
+
+    about: more of what it is, plain types. encoder: a folder of `copy_encoder` to be copied into it; `about` then has
+    {"encoder": {"network", "layers"}}.
+    """
     own = {
         "format": FORMAT,
         "settings": asdict(decoder.settings),
@@ -58,6 +64,8 @@ def save_decoder(folder: Path, decoder: Decoder, about: Mapping[str, Any]) -> No
     state = {name: value.detach().cpu().contiguous() for name, value in decoder.state_dict().items()}
     with published_folder(folder) as work:
         save_file(state, work / WEIGHTS)
+        if encoder is not None:
+            shutil.copytree(encoder, work / ENCODER)
         (work / ABOUT).write_text(json.dumps({**about, **own}, indent=2) + "\n")
 
 
@@ -97,6 +105,17 @@ def read_about(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder}: holds no readable {ABOUT} of a decoder: {error}") from error
     return about
+
+
+def own_encoder(path: str | Path) -> tuple[str, str, list[int]] | None:
+    """(network, weights, layers) of the encoder that a decoder's folder holds; None where it holds none."""
+    path = Path(path)
+    if not (path / ENCODER).is_dir():
+        return None
+    encoder = read_about(path).get("encoder")
+    if not isinstance(encoder, dict) or not {"network", "layers"} <= encoder.keys():
+        raise InputError(f"{path}: holds an encoder, and {ABOUT} does not say which")
+    return encoder["network"], str(path / ENCODER), encoder["layers"]
 
 
 def write_statistics(path: Path, statistics: Statistics, about: Mapping[str, Any]) -> None:

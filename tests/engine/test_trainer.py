@@ -23,7 +23,7 @@ from support.spoiled import Spoiled
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast.cli import main
-from pixelgen_fast.engine.trainer import data_changes, differences, with_defaults
+from pixelgen_fast.engine.changes import data_changes, differences, with_defaults
 from pixelgen_fast.models import model_schema
 from pixelgen_fast.runs import draw
 from pixelgen_fast.runs.checkpoint import checkpoints, read_state, read_weights

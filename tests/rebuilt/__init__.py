@@ -55,7 +55,8 @@ class GoldenFile:
         """
         rounding = ROUNDING * max(self.grad_norms.values(), default=0.0)
         for name, norm in self.grad_norms.items():
-            found = parameters[name].grad.double().norm().item()
+            grad = parameters[name].grad
+            found = 0.0 if grad is None else grad.double().norm().item()
             yield f"grad_norms[{name}]", found, norm if norm > rounding else 0.0
 
 

@@ -1,0 +1,55 @@
+"""What is different between a checkpoint and the run that goes on from it: settings, data, averages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pixelgen_fast import config as cfg
+from pixelgen_fast.models import model_schema
+from pixelgen_fast.runs import checkpoint
+
+
+def data_changes(old: Any, new: dict[str, Any]) -> list[str]:
+    """What to say of data, or an order, that are not those of the checkpoint, where it tells."""
+    if not isinstance(old, dict) or not isinstance(old.get("images"), int):
+        return []
+    changes = []
+    if old["images"] != new["images"]:
+        changes.append(f"the data have changed: {old['images']:,} images -> {new['images']:,}")
+    elif old.get("fingerprint") != new["fingerprint"]:
+        changes.append(f"the data have changed: {new['images']:,} images as before, with others among them")
+    if old.get("order") != new["order"]:
+        before = old.get("order", "an earlier version's, which it does not name")
+        changes.append(f"the order of the images has changed: {before} -> {new['order']}")
+    return changes
+
+
+def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's configuration with the defaults of settings that are newer; as it is where it is none of today."""
+    try:
+        return cfg.to_dict(cfg.from_dict(saved, model_schema))
+    except cfg.ConfigError:
+        return saved
+
+
+def averages(config: dict[str, Any], path: Path) -> set[float]:
+    """The averages that a checkpoint's configuration names. Raises CheckpointError where it names none."""
+    try:
+        return {float(decay) for decay in config["optimizer"]["ema"]}
+    except (KeyError, TypeError, ValueError) as error:
+        raise checkpoint.CheckpointError(
+            f"checkpoint {path} cannot be used: its config has no optimizer.ema"
+        ) from error
+
+
+def differences(old: dict, new: dict, prefix: str = "") -> dict[str, str]:
+    """Dotted keys whose values differ between two configurations, with `old -> new`; run.* does not count."""
+    changed: dict[str, str] = {}
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key, "not a setting"), new.get(key, "not a setting")
+        if isinstance(a, dict) and isinstance(b, dict):
+            changed |= {} if prefix == "" and key == "run" else differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            changed[f"{prefix}{key}"] = f"{a} -> {b}"
+    return changed
