@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.layers import SwiGLU, ViTBlock
-from pixelgen_fast.models.causal_trunk import KeysValues
+from pixelgen_fast.models.causal_blocks import KeysValues
 
 LAYER_NORM_EPS, RMS_NORM_EPS = 1e-6, 1e-5
 

@@ -18,7 +18,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from pixelgen_fast.layers import Float32Tables, ViTBlock, rope_2d_axial, small_
-from pixelgen_fast.models.causal_trunk import KeysValues
+from pixelgen_fast.models.causal_blocks import KeysValues
 from pixelgen_fast.models.fractal_blocks import LAYER_NORM_EPS, LlamaBlock
 from pixelgen_fast.models.fractal_pixel import PixelNetwork
 

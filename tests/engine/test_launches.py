@@ -66,12 +66,12 @@ def test_every_configuration_is_listed_without_memory(name: str) -> None:
     with OffMeta() as off_meta:
         kernels = {started.launch.kernel.fn.__name__ for started in step_launches(load(name))}
     assert off_meta.most < 1_000_000  # tables of positions; the weights of the smallest are a hundred times as much
-    # every system's blocks have norms, attention and a feed-forward layer; those of DINO and MAR are PyTorch's, and
-    # DiT-DH does not norm its queries and keys
+    # every system's blocks have norms, attention and a feed-forward layer; those of DINO, MAR and FractalGen are plain,
+    # and DiT-DH does not norm its queries and keys
     operators = ["norm_modulate", "swiglu", *(["qk_norm_rope"] if not name.startswith("ditdh") else [])]
     blocks = {f"{op}_{way}_kernel" for op in operators for way in ("fwd", "bwd")}
     assert "adamw_ema_kernel" in kernels
-    assert blocks <= kernels or "trunk" in name or name.startswith("mar")
+    assert blocks <= kernels or "trunk" in name or name.startswith(("mar", "fractal"))
     assert ("pixel_mlp_bwd_kernel" in kernels) == hasattr(load(name).model, "pixel_mlp_ratio")
 
 
