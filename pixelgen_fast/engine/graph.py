@@ -45,6 +45,10 @@ def check_graph(config: Config, device: torch.device, world: int, accumulation: 
         reason = "the teacher of alignment.teacher is timed inside the step; use alignment.teacher=null"
     elif module.draws:
         reason = "the model draws dropout from the generator's state; set its dropout to 0"
+    elif not module.model.fixed_shapes:
+        reason = (
+            "how much of an image the model hides, and so the shapes of a step, are drawn anew in each; turn it off"
+        )
     if reason:
         raise ConfigError(f"train.cuda_graph is on, but {reason}")
 

@@ -103,20 +103,24 @@ class Fractal(SequentialSystem):
         super().__init__(settings, image_size, num_classes)
         check(settings)
         s, side, above = settings, image_size, settings.hidden_size
+        self.masked = s.generator == "masked"
+        self.fixed_shapes = not self.masked
+        if not self.masked:
+            self.used_sampling = self.used_sampling - {"passes"}
         self.draws, self.rounding_noise, self.red_weight = s.dropout > 0, s.rounding_noise, s.red_weight
         self.filter_threshold, self.inner_passes = s.filter_threshold, [level.passes for level in s.inner]
         self.y_embed = nn.Embedding(num_classes + 1, above)
         self.levels = nn.ModuleList()
         for number, level in enumerate([s, *s.inner]):
             shape = (side, level.patch_size, above, level.hidden_size, level.num_heads, level.depth, s.dropout)
-            if s.generator == "masked":
+            if self.masked:
                 self.levels.append(MaskedGenerator(*shape, guided=s.guiding_pixel and number > 0))
             else:
                 self.levels.append(CausalGenerator(*shape))
             side, above = level.patch_size, level.hidden_size
         self.pixels = PixelNetwork(above, s.pixel_hidden_size, s.pixel_depth, s.pixel_num_heads)
         self.loss_weights = {"pixels": 1.0} | ({"guides": 1.0} if self.levels[-1].guide is not None else {})
-        self.masked, self.lengths = s.generator == "masked", [level.length for level in self.levels]
+        self.lengths = [level.length for level in self.levels]
         # crops of each level in an image, and how many of them a training image goes through on average
         self.crops = crop_counts(self.lengths)
         self.means = [mean_hidden(length) if self.masked else length for length in self.lengths]
@@ -241,11 +245,15 @@ def to_units(images: Tensor) -> Tensor:
 
 def check(settings: Settings) -> None:
     """Raise InputError, naming the setting and its value, for levels that do not fit."""
-    if settings.guiding_pixel and settings.generator == "causal":
+    causal, side = settings.generator == "causal", settings.patch_size
+    if settings.guiding_pixel and causal:
         raise InputError("model.guiding_pixel is true, but a causal generator has none; set it to false")
-    side = settings.patch_size
     for number, level in enumerate(settings.inner):
         key = f"model.inner[{number}]"
+        if causal and level.passes != Level.passes:
+            raise InputError(
+                f"{key}.passes is {level.passes}, but a causal generator makes one for each patch; leave it out"
+            )
         if level.hidden_size % level.num_heads:
             raise InputError(f"{key}.num_heads {level.num_heads} does not divide {key}.hidden_size {level.hidden_size}")
         if level.patch_size >= side or side % level.patch_size:

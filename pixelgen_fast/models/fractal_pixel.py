@@ -51,8 +51,8 @@ class PixelNetwork(nn.Module):
 
 def normalise(values: Tensor) -> Tensor:
     """Values 0 to 255 as the networks read them: (v / 255 - mean) / std. [..., 3, p, p] -> float32."""
-    mean, std = (values.new_tensor(x, dtype=torch.float32)[:, None, None] for x in (MEAN, STD))
-    return (values.float() / 255 - mean) / std
+    channels = zip(values.float().unbind(-3), MEAN, STD, strict=True)
+    return torch.stack([(v / 255 - mean) / std for v, mean, std in channels], dim=-3)
 
 
 def to_values(x_M3: Tensor, noise_M3: Tensor | float = 0.0) -> Tensor:
@@ -60,15 +60,16 @@ def to_values(x_M3: Tensor, noise_M3: Tensor | float = 0.0) -> Tensor:
 
     The mean color of a crop often lies halfway between two values: a little noise rounds it to either.
     """
-    mean, std = (x_M3.new_tensor(x) for x in (MEAN, STD))
-    return (255 * (x_M3.detach() * std + mean) + noise_M3).round().clamp(0, VALUES - 1).long()
+    channels = zip(x_M3.detach().unbind(1), MEAN, STD, strict=True)
+    exact_M3 = torch.stack([255 * (x * std + mean) for x, mean, std in channels], dim=1)
+    return (exact_M3 + noise_M3).round().clamp(0, VALUES - 1).long()
 
 
 def pixel_loss(logits_M3V: Tensor, values_M3: Tensor, red_weight: float = 1.0) -> Tensor:
     """Cross-entropy of each pixel [M] in nats, the mean of its channels, of which red may count for more."""
-    losses = F.cross_entropy(logits_M3V.flatten(0, 1), values_M3.flatten(), reduction="none").view(-1, 3)
-    weights = losses.new_tensor([red_weight, 1, 1])
-    return losses @ (weights / weights.sum())
+    losses = F.cross_entropy(logits_M3V.flatten(0, 1), values_M3.flatten(), reduction="none")
+    red, green, blue = losses.view(-1, 3).unbind(1)
+    return (red_weight * red + green + blue) / (red_weight + 2)
 
 
 def guided(cond: Tensor, none: Tensor, scale: float, threshold: float) -> Tensor:

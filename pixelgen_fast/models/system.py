@@ -77,6 +77,8 @@ class BaseSystem(Float32Tables, ABC):
     used_sampling: Collection[str] = frozenset(entry.name for entry in fields(Sampling)) - {"temperature", "passes"}
     # whether a forward pass in training draws from torch's generator, which is then seeded before each
     draws: bool = False
+    # whether all steps of training have tensors of the same shapes, as a CUDA graph needs
+    fixed_shapes: bool = True
 
     def __init__(self, settings: Settings, image_size: int, num_classes: int, tap_depth: int = 0) -> None:
         super().__init__()

@@ -16,12 +16,13 @@ from pixelgen_fast import config as cfg
 from pixelgen_fast.diffusion.path import to_unit
 from pixelgen_fast.engine import graph
 from pixelgen_fast.engine.objective import FlowMatching, SequenceLoss, TrainingObjective
-from pixelgen_fast.models import deco, jit, mar, patch_ar, pixeldit
+from pixelgen_fast.models import deco, fractal, jit, mar, patch_ar, pixeldit
 from pixelgen_fast.models.system import SequentialSystem
 
 CLASSES, IMAGE, BATCH = 3, 8, 2
 SMALL = dict(hidden_size=24, num_heads=2, patch_size=4)
 PIXELDIT = dict(SMALL, patch_depth=2, pixel_hidden_size=8, pixel_depth=1)
+FRACTAL = dict(SMALL, generator="causal", guiding_pixel=False, depth=1, inner=[fractal.Level(1, 16, 2, 1)], dropout=0.0)
 MODELS = {
     "pixeldit": (pixeldit, PIXELDIT, cfg.Objective()),
     "pixeldit, post": (pixeldit, dict(PIXELDIT, post_modulation=True), cfg.Objective(time="uniform")),
@@ -40,6 +41,7 @@ MODELS = {
         dict(SMALL, trunk="masked", depth=1, head="pixel", head_depth=1, pixel_channels=8),
         cfg.Objective(),
     ),
+    "fractal, causal": (fractal, FRACTAL, cfg.Objective()),
     "mar": (mar, dict(SMALL, depth=1, head_depth=1, head_width=16, dropout=0.0), cfg.Objective()),
 }
 # what hands a number or a shape that depends on data to the host
@@ -155,6 +157,13 @@ def test_a_teacher_and_dropout_are_refused() -> None:
     model = system.build(system.Settings(**settings, dropout=0.1), IMAGE, CLASSES)
     with pytest.raises(cfg.ConfigError, match="dropout"):
         graph.check_graph(config, torch.device("cuda"), 1, 1, FlowMatching(model, predict, 1, null_class=CLASSES))
+
+
+def test_shapes_that_are_drawn_are_refused() -> None:
+    model = fractal.build(fractal.Settings(**(FRACTAL | dict(generator="masked"))), IMAGE, CLASSES)
+    config = cfg.Config(train=cfg.Train(cuda_graph=True))
+    with pytest.raises(cfg.ConfigError, match="the shapes of a step, are drawn anew"):
+        graph.check_graph(config, torch.device("cuda"), 1, 1, SequenceLoss(model, cfg.Objective(), 1, CLASSES))
 
 
 def test_capture_records_the_whole_objective(monkeypatch: pytest.MonkeyPatch) -> None:

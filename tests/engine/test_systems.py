@@ -26,11 +26,10 @@ PIXELDIT = dict(SMALL, pixel_hidden_size=8, pixel_depth=1)
 STUDENT = dict(PIXELDIT, system="dino_student", **DINO)
 FOLLOW = dict(teacher=V3, weights="{teacher}", layer=0, projector="none")
 X = dict(predict="x", loss="v")
-FRACTAL = dict(
-    SMALL, system="fractal", depth=1, inner=[dict(patch_size=1, hidden_size=16, num_heads=2, depth=1, passes=2)]
-)
+PIXELS = dict(patch_size=1, hidden_size=16, num_heads=2, depth=1)
+FRACTAL = dict(SMALL, system="fractal", depth=1)
 # what the digits set for flows, as it was
-PLAIN = dict(objective=dict(time_shift=1.0), sample=dict(steps=100, shift=1.0, passes=2, temperature=1.1))
+PLAIN = dict(objective=dict(time_shift=1.0), sample=dict(steps=100, shift=1.0, temperature=1.1))
 PATCH_AR = dict(SMALL, system="patch_ar", depth=1, class_tokens=2, head_depth=1)
 VARIANTS = {
     "pixeldit": dict(model=dict(PIXELDIT, system="pixeldit", patch_depth=1)),
@@ -67,8 +66,8 @@ VARIANTS = {
         sample=dict(passes=3, temperature=0.9),
     ),
     "patch autoregressor, bottleneck": dict(model=dict(PATCH_AR, head_width=16, bottleneck=4), objective=X),
-    "fractal": dict(PLAIN, model=FRACTAL),
-    "fractal, causal": dict(PLAIN, model=dict(FRACTAL, generator="causal", guiding_pixel=False)),
+    "fractal": dict(PLAIN, model=dict(FRACTAL, inner=[dict(PIXELS, passes=2)])),
+    "fractal, causal": dict(PLAIN, model=dict(FRACTAL, generator="causal", guiding_pixel=False, inner=[PIXELS])),
 }
 GUIDED = dict(path="energy_guided", sigma0=2.0, release=[0.1, 0.9])
 VARIANTS |= {

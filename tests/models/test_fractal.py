@@ -152,7 +152,7 @@ def test_a_pass_is_counted_without_numbers() -> None:
     with torch.device("meta"):
         there = forward_flops(fractal.build(Settings(**TINY["fractal"]), 16, 3))
     assert forward_flops(model) == there > 0
-    assert forward_flops(tiny(generator="causal", guiding_pixel=False)) > 0
+    assert forward_flops(tiny(generator="causal", guiding_pixel=False, inner=[Level(1, 16, 2, 1)])) > 0
     assert torch.isfinite(model.trial(2)) and model.trial(2).requires_grad
 
 
@@ -167,6 +167,10 @@ def test_a_pass_is_counted_without_numbers() -> None:
             r"model.inner\[0\].num_heads 3 does not divide model.inner\[0\].hidden_size",
         ),
         (dict(pixel_num_heads=3), "hidden size 64 does not divide over 3 heads"),
+        (
+            dict(generator="causal", guiding_pixel=False, inner=[Level(1, 16, 2, 1, passes=3)]),
+            r"model.inner\[0\].passes is 3, but a causal generator makes one for each patch",
+        ),
         (dict(generator="causal"), "guiding_pixel is true, but a causal generator has none"),
     ],
 )
