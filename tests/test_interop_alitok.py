@@ -1,6 +1,7 @@
 """Published AliTok weights: their names both ways, their files, the import command, and what is refused."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from pixelgen_fast import interop
 from pixelgen_fast.cli import main
 from pixelgen_fast.config import Objective, Sampling
+from pixelgen_fast.eval import fid
 from pixelgen_fast.interop import alitok
 from pixelgen_fast.models.alitok import Settings, build
 from pixelgen_fast.models.alitok_tokenizer import Tokenizer, TokenizerSize, public_name
@@ -91,6 +93,22 @@ def test_import_then_draw(form: str, tokenizer: Path, tmp_path: Path) -> None:
     assert found.float().std() > 0
     assert main(["sample", str(out), "--per-class", "1", "--guidance", "4", "--temperature", "0.9"]) == 0
     assert len(list((out / "generated").rglob("*.png"))) == CLASSES + 1  # and a grid
+
+
+def test_an_import_is_evaluated_like_any_other(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the judge, which has tests of its own: equal numbers of every class, of the tokenizer's size."""
+    torch.save(published(), tmp_path / "alitok_b.bin")
+    out, seen = tmp_path / "out", []
+    command = ["import", str(tmp_path / "alitok_b.bin"), str(out), "--system", "alitok", "--tokenizer", str(tokenizer)]
+    assert main(command) == 0
+    monkeypatch.setattr(fid, "check_reference", lambda *_, **__: None)
+    monkeypatch.setattr(fid, "evaluate_fid", lambda images, *_, **__: seen.append(images) or report)
+    report = SimpleNamespace(lines=list, as_dict=dict)
+    assert main(["evaluate", str(out), "--samples", "6", "--reference", "real", "--guidance", "9"]) == 0
+    assert seen[0].shape == (6, 8, 8, 3) and seen[0].dtype == torch.uint8
+    assert torch.equal(seen[0], draw.load(out).draw(torch.arange(6) % CLASSES, guidance=9.0))
 
 
 def test_import_names_what_is_wrong(tokenizer: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

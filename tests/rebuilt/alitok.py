@@ -45,7 +45,8 @@ def rebuild_transformer(file: GoldenFile) -> Iterator[Comparison]:
 def rebuild_tokenizer(file: GoldenFile) -> Iterator[Comparison]:
     """The file's vectors of words are [B, E, 1, N]."""
     c = file.config
-    size = TokenizerSize(c["grid"], c["patch"], c["prefix"], c["codebook"], c["token"], *c["enc"], *c["dec"])
+    own = file.keys["decoder.class_embedding"][0]
+    size = TokenizerSize(c["grid"], c["patch"], c["prefix"], c["codebook"], c["token"], *c["enc"], *c["dec"], own)
     tokenizer = Tokenizer(size)
     fill(tokenizer, file.state(), str(file.path))
     yield "z_q", tokenizer.quantize.embedding(file["ids"]).mT[:, :, None], file["z_q"]
