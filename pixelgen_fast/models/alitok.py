@@ -12,7 +12,7 @@ Shapes: B batch, S x S pixels, N words an image.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,14 +22,13 @@ from pixelgen_kernels import philox
 from torch import Tensor, nn
 
 from pixelgen_fast.config import Config, Objective, Sampling
-from pixelgen_fast.errors import InputError
 from pixelgen_fast.models import system
 from pixelgen_fast.models.alitok_tokenizer import TokenizerSize, load_tokenizer, save_tokenizer
 from pixelgen_fast.models.alitok_transformer import TokenTransformer
 from pixelgen_fast.models.built_on import BuiltOn
 from pixelgen_fast.models.guided_tokens import Confidence, Guidance, SoftGuidance, draw_tokens, inverse_transform
 from pixelgen_fast.models.system import SequentialSystem, depth_setting, width_setting
-from pixelgen_fast.settings import ConfigError, above, within
+from pixelgen_fast.settings import ConfigError, above, refuse_unused, within
 
 
 def copy_tokenizer(config: Config, folder: Path) -> None:
@@ -91,10 +90,7 @@ class AliTok(SequentialSystem):
 
     def __init__(self, settings: Settings, image_size: int, num_classes: int) -> None:
         super().__init__(settings, image_size, num_classes)
-        if settings.strength != 1 and not settings.step_norm:
-            raise InputError(
-                f"model.strength is {settings.strength}, which only model.step_norm uses; set step_norm, or strength 1"
-            )
+        check(settings)
         self.settings, self.draws = settings, settings.dropout > 0
         size = tokenizer_size(settings, self.grid)
         self.length = size.length
@@ -148,6 +144,16 @@ class AliTok(SequentialSystem):
         super()._apply(fn, recurse)
         self._tokenizer[0].to(self.transformer.y_embed.weight.device)
         return self
+
+
+def check(settings: Settings) -> None:
+    """Raise ConfigError, naming it, for a setting of SoftCFG that is given where it acts on nothing."""
+    used = {entry.name for entry in fields(Settings)}
+    if not settings.softcfg:
+        used -= {"confidence", "own_confidence", "step_norm", "strength"}
+        refuse_unused(settings, Settings, used, "model.", "model.softcfg=false")
+    if not settings.step_norm:
+        refuse_unused(settings, Settings, used - {"strength"}, "model.", "model.step_norm=false")
 
 
 def build_transformer(settings: Settings, grid: int, num_classes: int) -> TokenTransformer:

@@ -60,7 +60,7 @@ class CausalAttention(Attention):
         if past is not None:
             k, v = past.extended(k, v)
         if worth_Bm is not None:
-            v = v * worth_Bm[:, None, :, None]
+            v = (v * worth_Bm[:, None, :, None]).to(v.dtype)
         dropout = self.dropout if self.training else 0.0
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=q.shape[2] > 1)
         return F.dropout(self.proj(rearrange(out, "B H L d -> B L (H d)")), self.dropout, self.training)

@@ -93,9 +93,9 @@ def draw_tokens(
         before_pass()
         worth = None
         if q:
-            ones = x.new_ones(B, s + 1)
-            behind = g.soft.worth(torch.stack(q, dim=1)).to(x)
-            worth = torch.cat([ones, torch.cat([behind, ones[:, :1]], dim=1)])
+            behind = g.soft.worth(torch.stack(q, dim=1))
+            ones = torch.ones_like(behind[:, :1])
+            worth = torch.cat([ones.expand(B, s + 1), torch.cat([behind, ones], dim=1)])
         scores = transformer.extend(x, past, worth)
         scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) / g.temperature
         c, u = scores[:B], scores[-B:]

@@ -291,8 +291,10 @@ def test_published_guidance_is_told_apart_from_its_other_readings() -> None:
 
 
 def test_settings_that_cannot_work_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model.strength is 2.0, which only model.step_norm uses"):
+    with pytest.raises(ValueError, match="model.strength is 2.0; model.step_norm=false has no use for it"):
         tiny(strength=2.0, step_norm=False)
+    with pytest.raises(ValueError, match="model.confidence is maximum; model.softcfg=false has no use for it"):
+        tiny(softcfg=False, confidence="maximum")
     with pytest.raises(ValueError, match="model.tokenizer is null"):
         tiny(tokenizer=None)
     with pytest.raises(ValueError, match="model.tokenizer nowhere: no such file"):
