@@ -11,9 +11,11 @@ from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
 
-from pixelgen_fast.compare.results import LATENTS, PIECES, PIXELS, Judged, Spread, Variant
+from pixelgen_fast.compare.results import LATENTS, PIECES, PIXELS, Judged, Spread, Variant, seconds
 from pixelgen_fast.compare.schema import PREPARED, Compare, prepared_folder
 from pixelgen_fast.distill.schema import REPORT
+from pixelgen_fast.eval.curves import read_metrics
+from pixelgen_fast.runs.folder import RunFolder
 
 Section = tuple[str, list[str]]
 
@@ -27,8 +29,15 @@ class Ground:
 
     @classmethod
     def of(cls, compare: Compare, real: dict[str, Any]) -> Ground:
-        files = {what: prepared_folder(compare, what) / REPORT for what in PREPARED}
-        return cls(real, {what: json.loads(path.read_text()) for what, path in files.items() if path.is_file()})
+        teacher, decoder = (prepared_folder(compare, what) for what in PREPARED)
+        prepared = {}
+        if (teacher / REPORT).is_file():
+            prepared["teacher"] = json.loads((teacher / REPORT).read_text())
+        if RunFolder(decoder).evaluation.is_file():
+            report = json.loads(RunFolder(decoder).evaluation.read_text())["report"]
+            rows = read_metrics(RunFolder(decoder).metrics)
+            prepared["decoder"] = {**report, "seconds": seconds(rows, rows[-1]["nimg"])}
+        return cls(real, prepared)
 
     def seconds(self, v: Variant) -> float:
         """Of training, with what was trained beforehand for it."""
@@ -145,10 +154,12 @@ def _against(base: Variant, variants: Sequence[Variant], kind: str, ground: Grou
     rivals = [base, *([best(plain)] if best(plain) is not base else [])]
     said = [f"{v.name} against {rival.name}: {quality(v, rival)}." for v in of_kind for rival in rivals]
     said.append("Where each fails: " + "; ".join(fails(v) for v in [*of_kind, *rivals]) + ".")
-    if kind == LATENTS and (decoder := ground.prepared.get("decoder")) and "frechet" in decoder:
+    if kind == LATENTS and (decoder := ground.prepared.get("decoder")):
+        hides = decoder["distribution"]
         said.append(
-            f"What the decoder hides: real images that are encoded and decoded are a Fréchet distance of "
-            f"{decoder['frechet']:.1f} from the real ones, and the judge finds their class in {decoder['share']:.1%}: "
+            "What the decoder hides: real images that are encoded and decoded are a Fréchet distance of "
+            f"{hides['frechet_generated']:.1f} from the real ones, and the judge finds their class in "
+            f"{hides['share']:.1%}, at {decoder['psnr']:.1f} dB of each image: "
             "so would be latents that were drawn without a fault."
         )
     costs = [

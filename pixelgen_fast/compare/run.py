@@ -65,13 +65,17 @@ def run(compare: Compare) -> Path | None:
 def _prepare(compare: Compare, what: str) -> bool:
     """Train the teacher or the decoder, where there is one and it is not there; False when a signal stopped it."""
     file, folder = getattr(compare, what), prepared_folder(compare, what)
-    if file is None or (folder / what).exists():
+    made = RunFolder(folder).evaluation if what == "decoder" else folder / what
+    if file is None or made.exists():
         return True
-    values = fill(OmegaConf.to_container(OmegaConf.load(file)), places(compare))
-    own = Path(compare.dir) / f"{what}.yaml"
+    changes = fill(compare.prepared.get(what, {}), places(compare))
+    own, log = Path(compare.dir) / f"{what}.yaml", Path(compare.dir) / f"{what}.log"
     own.parent.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(OmegaConf.create(values), own)
-    return _command([what, str(own), f"run.dir={folder}"], Path(compare.dir) / f"{what}.log")
+    OmegaConf.save(OmegaConf.merge(OmegaConf.load(file), changes, {"run": {"dir": str(folder)}}), own)
+    commands = [[what, str(own)]]
+    if what == "decoder":
+        commands += [["latents", str(own)], ["evaluate", str(folder), "--samples", str(compare.samples)]]
+    return all(_command(command, log) for command in commands)
 
 
 def _train_and_judge(compare: Compare, variant: str, seed: int) -> bool:

@@ -1,10 +1,11 @@
 """What a comparison runs: one base configuration, a teacher, a decoder, seeds, and variants that change the base.
 
 A section of a variant is merged into that of the base; a `model` that names a system replaces it. Text values may hold
-{teacher} and {decoder}, the folders of what the comparison trains first.
+{teacher}, {decoder} and {statistics}, what the comparison makes first: the teacher, the decoder of its tokens, and the
+mean and variance of these.
 
 <dir>/<variant>/seed<n>/            the run, with judged/<nimg>.json of each checkpoint that was kept
-      teacher/teacher, decoder/decoder
+      teacher/teacher, decoder/decoder, decoder/latents.safetensors
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from omegaconf import OmegaConf
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast.config import ConfigError
+from pixelgen_fast.decoding.schema import LATENTS
 from pixelgen_fast.models import model_schema
 from pixelgen_fast.overrides import merge, read_layers
 from pixelgen_fast.runs.folder import RunFolder
@@ -35,6 +37,7 @@ class Quick:
     seeds: list[int] = field(default_factory=lambda: [0])
     samples: int = 200
     settings: dict[str, Any] = field(default_factory=dict)
+    prepared: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -42,10 +45,12 @@ class Compare:
     # where the runs, the teacher and the page go; the same folder again goes on
     dir: str = "runs/compare"
     # the configuration that every variant starts from, and those of the teacher and the decoder of latents (null: no
-    # variant needs one); the decoder's may name {teacher} too
+    # variant needs one)
     base: str = "configs/digits.yaml"
     teacher: str | None = None
     decoder: str | None = None
+    # settings on top of these files, by "teacher" and "decoder"
+    prepared: dict[str, Any] = field(default_factory=dict)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])
     # generated images that a run is judged by
     samples: int = 1000
@@ -63,8 +68,12 @@ def load(path: str | Path, overrides: Iterable[str] = (), *, quick: bool = False
     """
     compare: Compare = merge(Compare, read_layers(path, overrides))
     if quick:
-        settings = OmegaConf.to_container(OmegaConf.merge(compare.settings, compare.quick.settings))
-        compare = replace(compare, seeds=compare.quick.seeds, samples=compare.quick.samples, settings=settings)
+        quick = compare.quick
+        settings, prepared = (
+            OmegaConf.to_container(OmegaConf.merge(own, short))
+            for own, short in ((compare.settings, quick.settings), (compare.prepared, quick.prepared))
+        )
+        compare = replace(compare, seeds=quick.seeds, samples=quick.samples, settings=settings, prepared=prepared)
     if not compare.variants or not compare.seeds or len(set(compare.seeds)) < len(compare.seeds):
         raise ConfigError(f"{path}: give at least one variant and one seed, each seed once; seeds {compare.seeds}")
     if len({slug(name) for name in compare.variants}) < len(compare.variants):
@@ -91,15 +100,15 @@ def prepared_folder(compare: Compare, what: str) -> Path:
 
 
 def places(compare: Compare) -> dict[str, str]:
-    """What {teacher} and {decoder} stand for."""
-    return {what: str(prepared_folder(compare, what) / what) for what in PREPARED}
+    """What {teacher}, {decoder} and {statistics} stand for."""
+    folders = {what: str(prepared_folder(compare, what) / what) for what in PREPARED}
+    return folders | {"statistics": str(prepared_folder(compare, "decoder") / LATENTS)}
 
 
 def needs(compare: Compare, variant: str) -> tuple[str, ...]:
-    """What a variant's settings name of what is trained first; a decoder needs the teacher."""
+    """What of that which is trained first a variant's settings name."""
     text = str(compare.variants[variant])
-    named = {what for what in PREPARED if f"{{{what}}}" in text}
-    return tuple(what for what in PREPARED if what in named or ("decoder" in named and compare.teacher))
+    return tuple(what for what in PREPARED if f"{{{what}}}" in text)
 
 
 def judgements(folder: Path) -> dict[int, Path]:

@@ -150,8 +150,11 @@ def test_the_reading_says_when_a_lower_alignment_loss_has_worse_pixels() -> None
     assert "Student 1.00 ± 0.00 times its time an image in training, 1.00 ± 0.00 times in drawing, 2.00 times" in cost
 
 
+DECODER = {"seconds": 7.0, "psnr": 21.0, "distribution": {"frechet_generated": 9.0, "share": 0.9}}
+
+
 def test_the_reading_answers_by_what_was_judged() -> None:
-    ground = Ground(REAL.real, {"teacher": {"seconds": 5.0}, "decoder": {"seconds": 7.0, "frechet": 9.0, "share": 0.9}})
+    ground = Ground(REAL.real, {"teacher": {"seconds": 5.0}, "decoder": DECODER})
     base = variant("Base", (20.0, 20.0), right=0.8)
     quick = variant("Quick", (30.0, 31.0), took=4.0, parameters=20)
     rae = variant("RAE", (15.0, 25.0), kind=LATENTS, needs=("teacher", "decoder"), parameters=30)
@@ -167,7 +170,10 @@ def test_the_reading_answers_by_what_was_judged() -> None:
     assert (
         "RAE against Base: Fréchet distance lower with 1 and higher with 1 of 2 seeds (20.0 against 20.0)" in latent[0]
     )
-    assert "a Fréchet distance of 9.0 from the real ones, and the judge finds their class in 90.0%" in latent[2]
+    assert (
+        "a Fréchet distance of 9.0 from the real ones, and the judge finds their class in 90.0%, at 21.0 dB"
+        in latent[2]
+    )
     assert "RAE 22 s to train (teacher and decoder included) and 2.0 ± 0.0 ms to draw an image" in latent[3]
     assert "AR against Base: Fréchet distance higher with every one of 2 seeds" in pieces[0] and "decoder" not in str(
         pieces
