@@ -1,8 +1,8 @@
-"""Images per second of the data loader, beside a PyTorch DataLoader that decodes and crops with PIL.
+"""Images per second of the data loader by its settings, on a CPU or a GPU. With others: `pixelgen data bench`.
 
     python benchmarks/loader.py --images 256 --height 375 --width 500 --size 256 --threads 2 --workers 1
 
-Makes JPEG images of one size (areas, texture, noise), then times each provider in turn, `--repeats` times, so that
+Makes JPEG images of one size (areas, texture, noise), then times each setting in turn, `--repeats` times, so that
 what else the machine does meets all alike. Prints a Markdown table (median, spread, start-up seconds to the first
 batch) and appends one JSON line to --out.
 """
@@ -13,37 +13,20 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
 from machine import RESULTS, append, machine
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from pixelgen_fast.config import Data
-from pixelgen_fast.data.crop import centre_crop
 from pixelgen_fast.data.dali import Loader
-from pixelgen_fast.data.encoded import decode
 from pixelgen_fast.data.image_index import ImageIndex
 from pixelgen_fast.data.index import open_index
-from pixelgen_fast.data.order import Order, position
+from pixelgen_fast.data.order import Order
 from pixelgen_fast.data.pack import pack
-
-
-class PilImages(Dataset):
-    """The same images in the same order as the loader's, decoded and cropped by PIL: uint8 [S, S, 3] and label."""
-
-    def __init__(self, index: ImageIndex, size: int, count: int) -> None:
-        self.index, self.size, self.count = index, size, count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
-        i = position(0, number, len(self.index))
-        return torch.from_numpy(np.array(centre_crop(decode(self.index.read(i)), self.size))), self.index.label(i)
 
 
 def write_jpegs(root: Path, count: int, height: int, width: int, quality: int) -> int:
@@ -60,43 +43,35 @@ def write_jpegs(root: Path, count: int, height: int, width: int, quality: int) -
     return sum(p.stat().st_size for p in root.rglob("*.jpg")) // count
 
 
-def providers(args: argparse.Namespace, index: ImageIndex, packed: ImageIndex) -> dict[str, Iterator]:
-    """Name -> function that starts an endless iterator of batches."""
+def loaders(args: argparse.Namespace, index: ImageIndex, packed: ImageIndex) -> dict[str, Callable[[], Loader]]:
+    """Name -> function that starts a loader."""
     order = Order(seed=0, global_batch=args.batch, micro_batch=args.batch)
 
-    def ours(source: ImageIndex, workers: int):
+    def with_settings(source: ImageIndex, workers: int) -> Callable[[], Loader]:
         settings = Data(image_size=args.size, workers=workers, threads=args.threads)
         return lambda: Loader(source, order, settings, args.device)
 
-    def pil():
-        images = PilImages(index, args.size, 10**9)
-        return iter(DataLoader(images, args.batch, num_workers=args.threads, multiprocessing_context="spawn"))
-
     return {
-        f"Loader, {args.threads} threads, read in process": ours(index, 0),
-        f"Loader, {args.threads} threads, {args.workers} readers": ours(index, args.workers),
-        f"Loader on packed data, {args.threads} threads": ours(packed, 0),
-        f"PIL DataLoader, {args.threads} processes": pil,
+        f"Loader, {args.threads} threads, read in process": with_settings(index, 0),
+        f"Loader, {args.threads} threads, {args.workers} readers": with_settings(index, args.workers),
+        f"Loader on packed data, {args.threads} threads": with_settings(packed, 0),
     }
 
 
-def measure(start, batches: int, batch: int) -> tuple[float, float]:
+def measure(start: Callable[[], Loader], batches: int, batch: int) -> tuple[float, float]:
     """(images/s after warm-up, seconds from start to the first batch)."""
     began = time.perf_counter()
-    iterator = start()
-    next(iterator)
-    first = time.perf_counter() - began
-    for _ in range(3):
-        next(iterator)
-    began = time.perf_counter()
-    for _ in range(batches):
-        images = next(iterator)[0]
-    if images.is_cuda:
-        torch.cuda.synchronize()
-    rate = batches * batch / (time.perf_counter() - began)
-    if isinstance(iterator, Loader):
-        iterator.close()
-    return rate, first
+    with start() as loader:
+        next(loader)
+        first = time.perf_counter() - began
+        for _ in range(3):
+            next(loader)
+        began = time.perf_counter()
+        for _ in range(batches):
+            images = next(loader).images
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        return batches * batch / (time.perf_counter() - began), first
 
 
 def main() -> None:
@@ -109,7 +84,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--batches", type=int, default=12, help="batches timed per repeat")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="decoder threads, and processes of the PIL DataLoader")
+    parser.add_argument("--threads", type=int, default=2, help="threads that decode and crop")
     parser.add_argument("--workers", type=int, default=1, help="reader processes")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--out", type=Path, default=RESULTS / "loader.jsonl")
@@ -120,7 +95,7 @@ def main() -> None:
         root.mkdir()
         mean_bytes = write_jpegs(root, args.images, args.height, args.width, args.quality)
         pack(root, Path(folder) / "packed", args.size)
-        found = providers(args, open_index(root), open_index(Path(folder) / "packed"))
+        found = loaders(args, open_index(root), open_index(Path(folder) / "packed"))
         rates: dict[str, list[float]] = {name: [] for name in found}
         starts: dict[str, list[float]] = {name: [] for name in found}
         for _ in range(args.repeats):
@@ -129,12 +104,12 @@ def main() -> None:
                 rates[name].append(rate)
                 starts[name].append(first)
 
-    base = statistics.median(rates[name := list(found)[-1]])
+    base = statistics.median(rates[next(iter(found))])
     print(
         f"{args.height} x {args.width} JPEG, {mean_bytes / 1e3:.0f} kB -> {args.size} px, batch {args.batch}, "
         f"{args.device}; {args.repeats} interleaved repeats of {args.batches} batches\n"
     )
-    print(f"| provider | images/s, median | lowest to highest | ratio to {name.split(',')[0]} | first batch, s |")
+    print("| loader | images/s, median | lowest to highest | ratio to the first | first batch, s |")
     print("|---|---|---|---|---|")
     for name in found:
         median, first = statistics.median(rates[name]), statistics.median(starts[name])

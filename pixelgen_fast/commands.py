@@ -320,6 +320,37 @@ def data_pack(args: argparse.Namespace) -> int:
     return 0
 
 
+def data_bench(args: argparse.Namespace) -> int:
+    from pixelgen_fast.data.bench import bench
+    from pixelgen_fast.data.roots import open_root
+
+    root, size, per_gpu = args.root, args.size, args.per_gpu
+    if Path(root).suffix in (".yaml", ".yml"):
+        from pixelgen_fast import models
+
+        config = cfg.load(root, args.overrides, models.model_schema)
+        root, size, per_gpu = config.data.root, size or config.data.image_size, per_gpu or _trained(config)
+    elif args.overrides:
+        raise errors.InputError(f"{args.overrides[0]}: overrides go with a configuration, and {root} is none")
+    report = bench(
+        open_root(root), size or 256, per_gpu=per_gpu or 450, turns=args.turns, seconds=args.seconds, images=args.images
+    )
+    print("\n".join(report.lines()))
+    return 0
+
+
+def _trained(config: cfg.Config) -> float:
+    """Images a second that one H100 should train: the share of its peak that was measured of the large models."""
+    import torch
+
+    from pixelgen_fast import models
+    from pixelgen_fast.engine.metrics import forward_flops
+
+    with torch.device("meta"):
+        model = models.build_model(config, config.data.num_classes or 1000)
+    return 0.43 * 989e12 / (3 * forward_flops(model, config.data.image_size))
+
+
 def kernels_report(args: argparse.Namespace) -> int:
     from pixelgen_kernels.report.command import main
 

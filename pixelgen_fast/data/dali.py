@@ -40,7 +40,7 @@ from pixelgen_fast.data.image_index import ImageIndex
 from pixelgen_fast.data.order import Order
 from pixelgen_fast.data.pipeline import HALVINGS, Pipeline, Trial, start
 from pixelgen_fast.data.readers import InProcess, Readers
-from pixelgen_fast.data.source import Item, Source
+from pixelgen_fast.data.source import KEPT_BYTES, Item, Source
 from pixelgen_fast.data.storage import patiently
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.settings import Crop
@@ -69,7 +69,7 @@ class Loader:
     small images); threads of DALI; prefetch, micro-batches kept ready; hw_decoder_load, the share of a batch for the
     hardware JPEG engines; wait_seconds, how long data that are away are waited for; max_unreadable, the share of
     unreadable images that is borne. decoder: "cpu" or "mixed" (NVIDIA's JPEG decoder; GPU only); None takes "mixed" on
-    a GPU. asked: whether the run is asked to stop, which ends waiting for data.
+    a GPU. asked: whether the run is asked to stop, which ends waiting for data. kept_bytes: see Source.
 
     wait_seconds: time the consumer spent waiting so far. replaced: path -> reason of every unreadable image met.
     Raises ValueError for sizes that do not divide, an unknown crop or decoder, or (while iterating, naming the file) an
@@ -85,6 +85,7 @@ class Loader:
         device: str | torch.device = "cpu",
         decoder: str | None = None,
         asked: Callable[[], bool] = lambda: False,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
         self.device = torch.device(device)
         decoder = decoder or ("mixed" if self.device.type == "cuda" else "cpu")
@@ -102,6 +103,7 @@ class Loader:
             crop=crop,
             halvings=HALVINGS if crop == "adm" else 0,
             class_balanced=settings.class_balanced,
+            kept_bytes=kept_bytes,
         )
         self._cropper = Cropper(settings.image_size, settings.threads, pinned=self._on_gpu) if later else None
         self._ahead: _Taken | Exception | None = None

@@ -31,6 +31,9 @@ _DIRECT_FORMATS = {"JPEG", "MPO", "PNG", "WEBP", "PPM"}
 _DIRECT_MODES = {"1", "L", "LA", "P", "RGB", "RGBA"}
 _PNG_DEPTH = 24  # where IHDR, always the first chunk, has the bits per channel
 _START_OF_SCAN, _END_OF_IMAGE = b"\xff\xda", b"\xff\xd9"
+# segments of a JPEG image that may come before its frame: applications, comments, tables
+_BEFORE_FRAME = {bytes([kind]) for kind in (*range(0xE0, 0xF0), 0xFE, 0xDB, 0xC4, 0xDD)}
+_MOST_SEGMENTS = 100
 _MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]", re.DOTALL)  # one that stands in no scan's data
 _WHAT_PIL_RAISES = (OSError, SyntaxError, ValueError, EOFError)
 _MOST_PIXELS, _LIMIT = 512_000_000, "PIXELGEN_MAX_PIXELS"
@@ -55,6 +58,10 @@ def inspect(data: bytes) -> Header:
     """Read the header of an encoded image and check that its end is there. Raises UnreadableImage with the reason."""
     if not data:
         raise UnreadableImage("the file is empty (0 bytes)")
+    if header := _jpeg_header(data):
+        _check_pixels(header.width, header.height)
+        _check_end(data, header.format)
+        return header
     image = _open(data)
     _check_end(data, image.format)
     still = image.format == "MPO" or not getattr(image, "is_animated", False)
@@ -111,11 +118,13 @@ def _open(data: bytes) -> Image.Image:
         raise UnreadableImage(f"not an image: begins with {data[:12]!r}") from error
     except _WHAT_PIL_RAISES as error:
         raise UnreadableImage(str(error)) from error
-    if image.width * image.height > (most := most_pixels()):
-        raise UnreadableImage(
-            f"{image.width} x {image.height} pixels are more than {most:,}, the limit; {_LIMIT} sets another one"
-        )
+    _check_pixels(image.width, image.height)
     return image
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > (most := most_pixels()):
+        raise UnreadableImage(f"{width} x {height} pixels are more than {most:,}, the limit; {_LIMIT} sets another one")
 
 
 def most_pixels() -> int:
@@ -124,6 +133,25 @@ def most_pixels() -> int:
     if given is not None and not given.isdecimal():
         raise InputError(f"{_LIMIT}={given!r} in the environment is no number of pixels")
     return _MOST_PIXELS if given is None else int(given)
+
+
+def _jpeg_header(data: bytes) -> Header | None:
+    """The header of a grey or colour JPEG image in a tenth of PIL's time; None for what PIL had better look at."""
+    if data[:3] != b"\xff\xd8\xff":
+        return None
+    at = 2
+    for _ in range(_MOST_SEGMENTS):
+        start, kind, length = data[at : at + 1], data[at + 1 : at + 2], int.from_bytes(data[at + 2 : at + 4], "big")
+        if start != b"\xff" or data[at + 4 : at + 8] == b"MPF\0":
+            return None
+        if kind in (b"\xc0", b"\xc1", b"\xc2"):  # a frame: bits, height, width, components (ITU-T T.81, B.2.2)
+            bits, *sides, components = struct.unpack(">BHHB", data[at + 4 : at + 10].ljust(6, b"\0"))
+            mode = {1: "L", 3: "RGB"}.get(components)
+            return Header("JPEG", mode, *sides, direct=True) if mode and bits == 8 and min(sides) > 0 else None
+        if kind not in _BEFORE_FRAME or length < 2:
+            return None
+        at += 2 + length
+    return None
 
 
 def _jpeg_ends(data: bytes) -> bool:
@@ -138,7 +166,9 @@ def _jpeg_ends(data: bytes) -> bool:
 
 def _check_end(data: bytes, format: str | None) -> None:
     if format in ("JPEG", "MPO"):
-        whole = data.rfind(_END_OF_IMAGE) > data.rfind(_START_OF_SCAN) or _jpeg_ends(data)
+        whole = (
+            data.endswith(_END_OF_IMAGE) or data.rfind(_END_OF_IMAGE) > data.rfind(_START_OF_SCAN) or _jpeg_ends(data)
+        )
     elif format == "PNG":
         whole = data.rfind(b"IEND") >= 0
     elif format == "WEBP":

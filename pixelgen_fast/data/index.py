@@ -78,7 +78,7 @@ class FolderIndex(ImageIndex):
         super().__init__(root, classes, np.repeat(np.arange(len(classes)), counts))
 
     def path(self, i: int) -> str:
-        return str(self.root / self._names[i])
+        return os.path.join(self.root, self._names[i])
 
     def places(self) -> Iterator[bytes]:
         return (b"/" + name for name in self._names.encoded())

@@ -102,7 +102,7 @@ def substitutes(seed: int, number: int, size: int) -> Iterator[int]:
 
     So what cannot be read falls to images all over the data set, others in every epoch, the same on every rank.
     """
-    return tried(substitute_keys(seed, number), size)
+    yield from tried(substitute_keys(seed, number), size)  # drawn only where they are asked for
 
 
 def substitute_keys(seed: int, number: int) -> tuple[int, ...]:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -71,8 +70,8 @@ class ClassBalancedSampler:
     def substitutes(self, number: int) -> Iterator[int]:
         _, (kind,) = self._drawn(np.array([number]))
         places = tried(substitute_keys(self.seed, number), int(self._counts[kind]))
-        same = (int(self._images(kind, place)) for place in places)
-        return chain(same, substitutes(self.seed, number, self.size))
+        yield from (int(self._images(kind, place)) for place in places)
+        yield from substitutes(self.seed, number, self.size)
 
     def _drawn(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The round and the class of image numbers, as a place in `_classes`: int64 [n] each."""

@@ -24,8 +24,7 @@ from pixelgen_fast.errors import InputError
 # geometry, float32: [number of halvings, resized h, w, offset y, x], then HALVING numbers for each halving:
 # [halved h, w, region start y, x, region height, width]
 HEAD, HALVING = 5, 6
-# Encoded images up to this total stay in each reader's memory: a small data set is read from storage once.
-_KEPT_BYTES = 64 * 2**20
+KEPT_BYTES = 64 * 2**20
 
 
 class Item(NamedTuple):
@@ -41,24 +40,33 @@ class Source:
 
     seed, class_balanced: of the run's order. crop: "adm", "none", or "later" where the crop is made of decoded pixels
     and items have no geometry. halvings: how many box halvings the pipeline performs; an image that needs more arrives
-    halved by PIL already.
+    halved by PIL already. kept_bytes: encoded images up to this total stay in each reader's memory, so that a small
+    data set is read from storage once.
 
     bad: indexes known to be unreadable, never read; the loader adds to this set. found: index -> reason of images that
     turned out to be unreadable and are not in `bad`; whoever reads it clears it.
     """
 
     def __init__(
-        self, index: ImageIndex, seed: int, *, size: int, crop: str, halvings: int, class_balanced: bool = False
+        self,
+        index: ImageIndex,
+        seed: int,
+        *,
+        size: int,
+        crop: str,
+        halvings: int,
+        class_balanced: bool = False,
+        kept_bytes: int = KEPT_BYTES,
     ) -> None:
-        self.index, self.size, self.crop, self.halvings = index, size, crop, halvings
+        self.index, self.size, self.crop, self.halvings, self.kept_bytes = index, size, crop, halvings, kept_bytes
         self.sampler = choose_sampler(index, seed, class_balanced)
         self.bad: set[int] = set()
         self.found: dict[int, str] = {}
         self._kept: dict[int, Item] = {}
-        self._room = _KEPT_BYTES
+        self._room = kept_bytes
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"found": {}, "_kept": {}, "_room": _KEPT_BYTES}
+        return self.__dict__ | {"found": {}, "_kept": {}, "_room": self.kept_bytes}
 
     def items(self, numbers: Iterable[int]) -> Iterator[Item]:
         """The items of image numbers, in their order. Raises UnreadableImage when no image of the index can be read,
