@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixelgen_fast.layers import Float32Tables, RMSNorm, rope_2d_axial, small_, zero_
-from pixelgen_fast.models.causal_blocks import CausalBlock, KeysValues, empty_past, norm
+from pixelgen_fast.layers import Float32Tables, rope_2d_axial, small_, zero_
+from pixelgen_fast.models.causal_blocks import CausalBlock, KeysValues, Norm, empty_past
 
 EPS = 1e-5
 
@@ -25,11 +25,11 @@ class Head(nn.Module):
 
     def __init__(self, dim: int, words: int) -> None:
         super().__init__()
-        self.norm = RMSNorm(dim)
+        self.norm = Norm(dim, EPS)
         self.linear = nn.Linear(dim, words)
 
     def forward(self, x: Tensor, branch: Tensor) -> Tensor:
-        return self.linear(norm(x, branch, self.norm, EPS)[0])
+        return self.linear(self.norm(x, branch)[0])
 
 
 class TokenTransformer(Float32Tables):

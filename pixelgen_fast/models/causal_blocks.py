@@ -66,6 +66,18 @@ class CausalAttention(Attention):
         return F.dropout(self.proj(rearrange(out, "B H L d -> B L (H d)")), self.dropout, self.training)
 
 
+class Norm(RMSNorm):
+    """(RMSNorm of x + branch, x + branch), each [B, L, D]: the shared operator, its modulation being none."""
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__(dim)
+        self.eps = eps
+
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        zero, one = (x.new_full((1, x.shape[-1]), value).expand(len(x), -1) for value in (0.0, 1.0))
+        return norm_modulate(x, self.weight, zero, zero, branch, None if branch is None else one, self.eps)
+
+
 class CausalBlock(nn.Module):
     """Attention and SwiGLU with a norm before each; (x, branch) in and out, x + branch being the token stream.
 
@@ -76,10 +88,10 @@ class CausalBlock(nn.Module):
         self, dim: int, num_heads: int, hidden: int, qkv_bias: bool = False, dropout: float = 0.0, eps: float = 1e-6
     ) -> None:
         super().__init__()
-        self.eps, self.dropout = eps, dropout
-        self.norm1 = RMSNorm(dim)
+        self.dropout = dropout
+        self.norm1 = Norm(dim, eps)
         self.attn = CausalAttention(dim, num_heads, qkv_bias, dropout, eps)
-        self.norm2 = RMSNorm(dim)
+        self.norm2 = Norm(dim, eps)
         self.mlp = SwiGLU(dim, hidden)
 
     def forward(
@@ -91,8 +103,8 @@ class CausalBlock(nn.Module):
         past: KeysValues | None = None,
         worth_Bm: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        h, x = norm(x, branch, self.norm1, self.eps)
-        h, x = norm(x, self.attn(h, cos, sin, past, worth_Bm), self.norm2, self.eps)
+        h, x = self.norm1(x, branch)
+        h, x = self.norm2(x, self.attn(h, cos, sin, past, worth_Bm))
         return x, F.dropout(self.mlp(h), self.dropout, self.training)
 
 
@@ -101,9 +113,3 @@ def empty_past(blocks: nn.ModuleList, rows: int, tokens: int) -> list[KeysValues
     attn = blocks[0].attn
     shape = (rows, attn.num_heads, tokens, attn.q_norm.weight.shape[0])
     return [KeysValues(*shape, attn.qkv.weight) for _ in blocks]
-
-
-def norm(x: Tensor, branch: Tensor | None, weight: RMSNorm, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """(RMSNorm of x + branch, x + branch): the shared operator, its modulation being none."""
-    zero, one = (x.new_full((1, x.shape[-1]), value).expand(len(x), -1) for value in (0.0, 1.0))
-    return norm_modulate(x, weight.weight, zero, zero, branch, None if branch is None else one, eps)

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pixelgen_fast.layers import Float32Tables, RMSNorm, rope_2d_axial, small_, xavier_
-from pixelgen_fast.models.causal_blocks import CausalBlock, KeysValues, empty_past, norm
+from pixelgen_fast.layers import Float32Tables, rope_2d_axial, small_, xavier_
+from pixelgen_fast.models.causal_blocks import CausalBlock, KeysValues, Norm, empty_past
 
 
 class CausalTrunk(Float32Tables):
@@ -34,9 +34,9 @@ class CausalTrunk(Float32Tables):
         super().__init__()
         K = self.class_tokens = class_tokens
         self.y_embed = nn.Embedding(num_classes + 1, K * dim)
-        self.enter, self.enter_norm = nn.Linear(width, dim), RMSNorm(dim)
+        self.enter, self.enter_norm = nn.Linear(width, dim), Norm(dim)
         self.layers = nn.ModuleList(CausalBlock(dim, num_heads, int(2 * 4 * dim / 3)) for _ in range(depth))
-        self.leave_norm = RMSNorm(dim)
+        self.leave_norm = Norm(dim)
         self.target_position = nn.Parameter(torch.empty(grid**2, dim))
         cos, sin = (table[:-1] for table in rope_2d_axial(grid, grid, dim // num_heads))
         self.register_buffer("rope_cos", F.pad(cos, (0, 0, K, 0), value=1.0), persistent=False)
@@ -62,10 +62,10 @@ class CausalTrunk(Float32Tables):
             tokens = torch.cat([classes, tokens], dim=1)
         end = first + tokens.shape[1]
         cos, sin = self.rope_cos[first:end], self.rope_sin[first:end]
-        x, branch = norm(tokens, None, self.enter_norm)[0], None
+        x, branch = self.enter_norm(tokens)[0], None
         for block, kept in zip(self.layers, past or [None] * len(self.layers), strict=True):
             x, branch = block(x, branch, cos, sin, kept)
-        x = norm(x, branch, self.leave_norm)[0]
+        x = self.leave_norm(x, branch)[0]
         # the last class token and every patch tell the patch behind them
         target = max(first, K - 1)
         return x[:, target - first :] + self.target_position[target - K + 1 : end - K + 1]

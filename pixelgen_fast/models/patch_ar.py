@@ -203,7 +203,7 @@ class PatchAR(SequentialSystem):
         return [*self.trunk.blocks(), *self.head.blocks()]
 
     def whole_modules(self) -> list[nn.Module]:
-        return [*(self.trunk.blocks() if self.masked else [self.trunk]), *self.head.whole_modules()]
+        return [*self.trunk.blocks(), *self.head.whole_modules()]
 
 
 def noise_level(seed: int, numbers: Tensor, length: int) -> Tensor:

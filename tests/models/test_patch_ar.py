@@ -234,6 +234,22 @@ def test_gradients_are_those_of_finite_differences(name: str) -> None:
     assert not torch.equal(flow.codec.decoder[0].weight.grad, both.codec.decoder[0].weight.grad)
 
 
+@pytest.mark.parametrize("body", ["native", "triton"])
+@pytest.mark.parametrize("name", ["causal, mlp", "causal, pixel"])
+def test_every_body_of_the_operators_gives_the_same(name: str, body: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny(**VARIANTS[name], draws_per_patch=1)
+    images = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+
+    def gradients(body: str) -> list[Tensor]:
+        monkeypatch.setenv("PIXELGEN_OPS", body)
+        model.zero_grad()
+        Losses(model)(images).sum().backward()
+        return [p.grad.clone() for p in model.parameters()]
+
+    for found, wanted in zip(gradients(body), gradients("reference"), strict=True):
+        assert float((found - wanted).norm()) <= 1e-4 * float(wanted.norm()) + 1e-6
+
+
 def test_no_temperature_draws_one_image_of_a_class() -> None:
     model = tiny().eval()
     with torch.no_grad():
