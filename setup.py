@@ -28,6 +28,7 @@ EXTRAS = {
     "log": ["tensorboard", "wandb"],
     "parquet": ["pyarrow"],
     "teacher": ["timm>=1.0.20", "torchvision", "peft>=0.17"],
+    "decoder": ["timm>=1.0.20", "torchvision", "lpips>=0.1.4"],
     "dev": [
         "torch-fidelity>=0.4",
         "torchvision",
@@ -41,6 +42,7 @@ EXTRAS = {
         "scipy",
         "timm>=1.0.20",
         "peft>=0.17",
+        "lpips>=0.1.4",
     ],
 }
 

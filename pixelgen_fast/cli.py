@@ -148,10 +148,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     imported.add_argument("out", help="folder to write")
     imported.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings, as model.encoder of latents")
-    imported.add_argument("--system", required=True, help="pixeldit, jit, deco, ditdh, raev2, fractal, mar or alitok")
+    imported.add_argument(
+        "--system",
+        required=True,
+        help="pixeldit, jit, deco, ditdh, raev2, fractal, mar or alitok; or rae_decoder",
+    )
     imported.add_argument("--image-size", type=int, help="pixels a side (default: as the weights tell, or 256)")
     imported.add_argument("--weights", choices=("ema", "ema2", "raw"), help="ema2: JiT's second average")
     imported.add_argument("--tokenizer", help="AliTok's tokenizer, AliTok.pth, which the model draws images with")
+    imported.add_argument("--encoder", help="of a rae_decoder: timm's network (default: DINOv2-B with registers)")
+    imported.add_argument(
+        "--encoder-weights", help="its file, in timm's, Meta's or Hugging Face's names (default: hub)"
+    )
+    imported.add_argument("--layers", type=int, nargs="+", help="blocks whose mean is the latent, for RAEv2's decoder")
 
     for name, function, text, example in (
         ("teacher", commands.teacher, "Train a small teacher for feature alignment on the images.", "teacher_digits"),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from pixelgen_fast.eval.fid import FidReport
     from pixelgen_fast.runs.draw import Generator
 
+RAE_DECODER = "rae_decoder"  # of import, beside the systems
 _SAMPLING = [field.name for field in fields(cfg.Sampling)]
 _PARTS = ("tokenizer",)  # options of the import command that name further files
 
@@ -233,6 +234,10 @@ def _export_public(loaded: Generator, out: Path) -> int:
 
 
 def import_published(args: argparse.Namespace) -> int:
+    if args.system == RAE_DECODER:
+        return _import_decoder(args)
+    if args.encoder or args.encoder_weights or args.layers:
+        raise errors.InputError(f"--encoder and its weights and layers are of --system {RAE_DECODER}; leave them out")
     from pixelgen_fast import interop, models
     from pixelgen_fast.runs import draw, export
 
@@ -256,6 +261,20 @@ def import_published(args: argparse.Namespace) -> int:
     export.export(Path(args.out), state, config, [str(i) for i in range(num_classes)], weights, 0)
     draw.load(args.out)
     print(f"{args.out}: {len(state)} tensors of {args.file}; draw with pixelgen sample {args.out}")
+    return 0
+
+
+def _import_decoder(args: argparse.Namespace) -> int:
+    from pixelgen_fast.rae.autoencoder import import_decoder
+
+    if args.image_size is not None:
+        raise errors.InputError(f"--image-size {args.image_size}: a decoder's weights tell it; leave it out")
+    encoder = args.encoder or "vit_base_patch14_reg4_dinov2.lvd142m"
+    rae = import_decoder(args.file, Path(args.out), encoder, args.encoder_weights, args.layers or ())
+    print(
+        f"{args.out}: decoder of {list(rae.latent_shape)} latents of {encoder}, to {rae.decoder.image_size} pixels; "
+        f"judge it with pixelgen evaluate {args.out} --reference IMAGES"
+    )
     return 0
 
 

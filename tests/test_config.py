@@ -8,6 +8,7 @@ import pytest
 from pixelgen_fast import config as cfg
 from pixelgen_fast.cli import main
 from pixelgen_fast.compare import schema as compare_schema
+from pixelgen_fast.decoding import schema as decoder_schema
 from pixelgen_fast.distill import schema as teacher_schema
 from pixelgen_fast.models import model_schema
 
@@ -21,9 +22,11 @@ def load(*overrides: str) -> cfg.Config:
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_shipped_configuration_is_valid_and_says_how_to_run(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = path.stem.split("_")[0] if path.stem.startswith(("teacher", "compare")) else "train"
+    command = path.stem.split("_")[0] if path.stem.startswith(("teacher", "compare", "decoder")) else "train"
     if command == "teacher":
         teacher_schema.load(path, [])
+    elif command == "decoder":
+        decoder_schema.load(path, [])
     elif command == "compare":
         monkeypatch.chdir(CONFIGS.parent)
         compare_schema.load(path)

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,8 +19,15 @@ from pixelgen_fast.diffusion.path import widen
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.layers import Float32Tables
 from pixelgen_fast.rae.decoder import Decoder
-from pixelgen_fast.rae.encoder import Encoder, load_encoder
-from pixelgen_fast.rae.files import Statistics, load_decoder, own_encoder, read_about, read_statistics
+from pixelgen_fast.rae.encoder import Encoder, copy_encoder, load_encoder
+from pixelgen_fast.rae.files import (
+    Statistics,
+    load_decoder,
+    own_encoder,
+    read_about,
+    read_statistics,
+    save_decoder,
+)
 
 EPS = 1e-5
 
@@ -102,6 +110,25 @@ def load_autoencoder(
         None if decoder is None else load_decoder(decoder, channels),
         None if statistics is None else read_statistics(statistics, part),
     )
+
+
+def import_decoder(file: str, out: Path, encoder: str, weights: str | None, layers: Sequence[int] = ()) -> Autoencoder:
+    """Write a published decoder and the encoder that it belongs to as a decoder's folder; returns what is read back.
+
+    encoder, weights, layers: as `load_encoder` takes them. Raises InputError for a folder that holds something, and
+    what `load_autoencoder` raises.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out}: exists and is not empty; choose another folder or remove it")
+    grid = load_decoder(file).grid
+    rae = load_autoencoder(
+        encoder, weights, grid=grid, layers=layers, decoder=file, keys=("--encoder", "--encoder-weights")
+    )
+    about = {"encoder": {"network": encoder, "layers": list(layers)}, "data": {"image_size": rae.decoder.image_size}}
+    with tempfile.TemporaryDirectory() as folder:
+        copy_encoder(encoder, weights, Path(folder))
+        save_decoder(out, rae.decoder, about, encoder=Path(folder))
+    return load_autoencoder(None, decoder=str(out))
 
 
 def _latent_shape(encoder: Encoder | None, decoder: Decoder | None) -> tuple[int, int, int]:

@@ -92,8 +92,9 @@ class SpectralConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         size = self.weight.shape[-1]
-        # copies, because a renewal changes them in place while a graph may keep them
-        sigma = torch.dot(self.u.clone(), self.weight.flatten(1) @ self.v.clone())
+        with torch.autocast(x.device.type, enabled=False):
+            # copies, because a renewal changes them in place while a graph may keep them
+            sigma = torch.dot(self.u.clone(), self.weight.flatten(1) @ self.v.clone())
         padded = F.pad(x, (size // 2, size // 2), mode="circular") if size > 1 else x
         return F.conv1d(padded, self.weight / sigma, self.bias.detach() if self.normed else self.bias)
 

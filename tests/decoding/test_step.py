@@ -34,13 +34,13 @@ ALL = Plan(gan=True, discriminates=True, decoder_lr=1e-3, discriminator_lr=2e-3)
 COLUMNS = ("count", "loss", *DecoderObjective.columns)
 
 
-def parts(folder: Path, *changes: str) -> tuple[DecoderObjective, PairEngine]:
+def parts(folder: Path, *changes: str, precision: str = "fp32") -> tuple[DecoderObjective, PairEngine]:
     config = config_of(folder, "objective.perceptual_weight=0.5", *changes)
     encoder = load_encoder(NETWORK, config.encoder.weights, config.grid)
     torch.manual_seed(0)
     decoder = Decoder(config.decoder, encoder.width, config.grid, *encoder.channels)
     discriminator = load_discriminator(NETWORK, config.discriminator.weights)
-    objective = DecoderObjective(config, encoder, decoder, discriminator, Coarse(), "fp32")
+    objective = DecoderObjective(config, encoder, decoder, discriminator, Coarse(), precision)
     return objective, PairEngine(decoder, discriminator, config.optimizer)
 
 
@@ -118,6 +118,18 @@ def test_the_discriminator_learns_from_what_the_decoder_has_become(tmp_path: Pat
         if p.grad is not None:
             assert relative(moments[name], 0.1 * p.grad) < 1e-4, name
     assert all(relative(v, engine.buffers()[f"discriminator.{n}"]) < 1e-5 for n, v in judge.named_buffers())
+
+
+def test_in_bf16_products_are_short_and_weights_are_not(tmp_path: Path) -> None:
+    rows = []
+    for precision in ("fp32", "bf16"):
+        objective, engine = parts(tmp_path, precision=precision)
+        rows.append(decoder_step(engine, objective, batches(tmp_path, [4, 4]), ALL))
+        trained = (*objective.decoder.parameters(), *objective.discriminator.parameters())
+        assert {p.dtype for p in trained} == {torch.float32}
+        assert all(buffer.dtype == torch.float32 for buffer in engine.buffers().values())
+    spread = relative(rows[1], rows[0])
+    assert 1e-6 < spread < 0.02
 
 
 def test_a_side_that_does_not_learn_stays(tmp_path: Path) -> None:

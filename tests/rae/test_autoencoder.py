@@ -11,6 +11,7 @@ from support.autoencoders import write_autoencoder
 from support.golden import relative
 from support.teachers import write_teacher
 
+from pixelgen_fast.cli import main
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.rae import names
 from pixelgen_fast.rae.autoencoder import Autoencoder, load_autoencoder
@@ -85,6 +86,23 @@ def test_pixels_of_a_published_decoder_have_the_channels_of_its_encoder(tmp_path
     )
     assert load_autoencoder(**kwargs).decoder.mean.flatten().tolist() == pytest.approx([0.4] * 3)
     assert load_autoencoder(**kwargs, layers=(0, 1)).decoder.std.flatten().tolist() == [1.0] * 3
+
+
+def test_a_published_decoder_becomes_a_folder_with_its_encoder(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    decoder = Decoder(DecoderSettings(hidden_size=768, depth=1, num_heads=12, ffn=8, patch_size=4), C, 4)
+    torch.save(names.decoder_to_public(decoder.state_dict(), grid=4), tmp_path / "model.pt")
+    weights, out = str(write_teacher(tmp_path / "t", V3)), tmp_path / "out"
+    options = ["--system", "rae_decoder", "--encoder", V3, "--encoder-weights", weights]
+    assert main(["import", str(tmp_path / "model.pt"), str(out), *options]) == 0
+    assert "decoder of [48, 4, 4] latents" in capsys.readouterr().out
+    found, wanted = load_autoencoder(None, decoder=str(out)), load_autoencoder(V3, weights, grid=4)
+    raw = images(2)
+    assert torch.equal(found.encode(raw), wanted.encode(raw))
+    z = torch.randn(1, C, 4, 4)
+    assert torch.allclose(found.decode(z), 2 * (decoder(z) * 0.3 + 0.4) - 1, atol=1e-6)
+    for wrong, message in (([], "exists and is not empty"), (["--image-size", "16"], "a decoder's weights tell it")):
+        assert main(["import", str(tmp_path / "model.pt"), str(out), *options, *wrong]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:

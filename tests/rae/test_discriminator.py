@@ -78,6 +78,21 @@ def test_any_dino_is_a_backbone_and_stays_out_of_the_state(tmp_path: Path) -> No
     assert discriminator.double()._backbone[0].network.cls_token.dtype == torch.float64
 
 
+def test_the_published_network_is_read_by_its_names(tmp_path: Path) -> None:
+    """DINO's ViT-S/8: keys without a bias, the tanh form of GELU, whatever the file says."""
+    network = timm.create_model("vit_small_patch8_224.dino", num_classes=0)
+    for block in network.blocks:
+        nn.init.ones_(block.attn.qkv.bias)
+    torch.save(network.state_dict(), tmp_path / "dino_vit_small_patch8_224.pth")
+    backbone = load_discriminator(
+        "vit_small_patch8_224.dino", str(tmp_path / "dino_vit_small_patch8_224.pth")
+    )._backbone[0]
+    for block in backbone.network.blocks:
+        assert [float(third.abs().max()) for third in block.attn.qkv.bias.chunk(3)] == [1.0, 0.0, 1.0]
+        assert block.mlp.act.approximate == "tanh"
+    assert torch.equal(backbone.network.blocks[3].mlp.fc1.weight, network.blocks[3].mlp.fc1.weight)
+
+
 def test_quantised_images_have_256_levels() -> None:
     x = torch.linspace(-1.5, 1.5, 1001)
     levels = (quantised(x) + 1) * 127.5

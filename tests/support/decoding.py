@@ -33,7 +33,8 @@ def overrides(folder: Path) -> list[str]:
         f"encoder.weights={weights}", f"discriminator.network={NETWORK}", f"discriminator.weights={weights}",
         "latents.batch=4", "latents.save_every_images=4", "decoder.hidden_size=16", "decoder.depth=1",
         "decoder.num_heads=2", "decoder.ffn=24", "train.global_batch=8", "train.micro_batch=4",
-        "objective.perceptual_weight=0", "log.tensorboard=false",
+        "objective.perceptual_weight=0", "objective.latent_noise=0.8", "objective.gan_weight=0.75",
+        "objective.discriminator_from=0", "objective.gan_from=0", "optimizer.warmup_images=0", "log.tensorboard=false",
     ]  # fmt: skip
 
 
