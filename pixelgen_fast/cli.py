@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from typing import get_args
 
-from pixelgen_fast import commands, errors, launcher, processes
+from pixelgen_fast import commands, errors, exchange, launcher, processes
 from pixelgen_fast.output import losable_output
 from pixelgen_fast.settings import Solver
 from pixelgen_fast.signals import REQUEUE, StopAtOnce, Stopped
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    overridable = (commands.train, commands.compare, commands.import_published, commands.data_bench)
+    overridable = (commands.train, commands.compare, exchange.import_published, commands.data_bench)
     if args.command in overridable and not any(text.startswith("-") for text in rest):
         # argparse takes overrides only up to the first option: `train CONFIG --dry-run key=value` leaves them over.
         args.overrides += rest
@@ -126,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
 
     export = command(
         "export",
-        commands.export,
+        exchange.export,
         "Write weights as safetensors with a configuration, ready for sample and for run.init.",
     )
     export.add_argument("run", help="run folder or checkpoint")
@@ -141,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     )
 
     imported = command(
-        "import", commands.import_published, "Convert a published checkpoint to the form that export writes."
+        "import", exchange.import_published, "Convert a published checkpoint to the form that export writes."
     )
     imported.add_argument(
         "file", help="as published; weights keep their licence, NVIDIA's for PixelDiT is NSCLv1 (non-commercial)"
