@@ -127,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     export = command(
         "export",
         exchange.export,
-        "Write weights as safetensors with a configuration, ready for sample and for run.init.",
+        "Write weights as safetensors with a configuration, ready for sample and run.init; a decoder as published.",
     )
     export.add_argument("run", help="run folder or checkpoint")
     export.add_argument("out", help="folder to write")

@@ -23,10 +23,18 @@ _PARTS = ("tokenizer",)  # options of the import command that name further files
 def export(args: argparse.Namespace) -> int:
     import torch
 
+    from pixelgen_fast.decoding.judge import decoder_folder
+    from pixelgen_fast.rae.files import publish_decoder
     from pixelgen_fast.runs import draw, export
 
+    dtype = torch.bfloat16 if args.dtype == "bf16" else torch.float32
+    if (folder := decoder_folder(args.run)) is not None:
+        if args.weights is not None:
+            raise errors.InputError(f"--weights {args.weights}: {folder} holds one average alone; leave it out")
+        print(f"{publish_decoder(folder, Path(args.out), dtype)}: a decoder under the published names ({args.dtype})")
+        return 0
     loaded = draw.load(args.run, args.weights)
-    model = loaded.model.to(torch.bfloat16 if args.dtype == "bf16" else torch.float32)
+    model = loaded.model.to(dtype)
     out = Path(args.out)
     if args.format == "public":
         return _export_public(loaded, out)

@@ -107,6 +107,20 @@ def read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
+def publish_decoder(folder: Path, out: Path, dtype: torch.dtype) -> Path:
+    """Write the decoder of a folder under its published names, position table and all; returns the file.
+
+    Raises InputError for an `out` that holds something.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"{out}: exists and is not empty; choose another folder or remove it")
+    decoder = load_decoder(folder)
+    public = names.decoder_to_public(decoder.state_dict(), decoder.grid)
+    out.mkdir(parents=True, exist_ok=True)
+    save_file({name: value.to(dtype).contiguous() for name, value in public.items()}, out / WEIGHTS)
+    return out / WEIGHTS
+
+
 def own_encoder(path: str | Path) -> tuple[str, str, list[int]] | None:
     """(network, weights, layers) of the encoder that a decoder's folder holds; None where it holds none."""
     path = Path(path)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.autoencoders import write_autoencoder
 from support.golden import relative
 from support.teachers import write_teacher
@@ -17,7 +18,7 @@ from pixelgen_fast.rae import names
 from pixelgen_fast.rae.autoencoder import Autoencoder, load_autoencoder
 from pixelgen_fast.rae.decoder import Decoder, DecoderSettings
 from pixelgen_fast.rae.encoder import load_encoder
-from pixelgen_fast.rae.files import Statistics, load_decoder, read_statistics, write_statistics
+from pixelgen_fast.rae.files import Statistics, load_decoder, read_statistics, save_decoder, write_statistics
 
 V3 = "vit_small_patch16_dinov3"
 C = 48  # the teacher's width
@@ -103,6 +104,19 @@ def test_a_published_decoder_becomes_a_folder_with_its_encoder(tmp_path: Path, c
     for wrong, message in (([], "exists and is not empty"), (["--image-size", "16"], "a decoder's weights tell it")):
         assert main(["import", str(tmp_path / "model.pt"), str(out), *options, *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_decoder_is_exported_under_its_published_names(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    decoder = Decoder(DecoderSettings(hidden_size=768, depth=1, num_heads=12, ffn=8, patch_size=4), C, 4)
+    save_decoder(tmp_path / "decoder", decoder, {})
+    assert main(["export", str(tmp_path / "decoder"), str(tmp_path / "out")]) == 0
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    wanted = names.decoder_to_public(decoder.state_dict(), grid=4)
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], value) for name, value in wanted.items())
+    z = torch.randn(1, C, 4, 4)
+    assert torch.equal(load_decoder(tmp_path / "out" / "model.safetensors")(z), decoder(z))
+    assert main(["export", str(tmp_path / "decoder"), str(tmp_path / "out")]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
 
 
 def test_parts_that_do_not_belong_together(tmp_path: Path) -> None:

@@ -109,10 +109,11 @@ def discriminator(file: GoldenFile) -> Iterator[Comparison]:
 
 
 def _adversary(file: GoldenFile, module: Discriminator) -> Iterator[Comparison]:
-    """The losses of both sides on a one-block decoder, and the weight between them."""
+    """The losses of both sides on a small decoder, and the weight between them."""
     state, z, target = leaves(file, keys="dec_keys"), file["z"], file["target"]
     grid, hidden = round(z.shape[1] ** 0.5), state["decoder_layers.0.intermediate.dense.bias"].numel()
-    settings = DecoderSettings(file.config["dec"]["D"], 1, _DECODER_HEADS, hidden, file.config["dec"]["p"])
+    depth = len({name.split(".")[1] for name in state if name.startswith("decoder_layers.")})
+    settings = DecoderSettings(file.config["dec"]["D"], depth, _DECODER_HEADS, hidden, file.config["dec"]["p"])
     decoder = Decoder(settings, z.shape[2], grid, **IMAGENET)
     latent = z.transpose(1, 2).unflatten(2, (grid, grid))
     rec = called(decoder, names.decoder_to_native(state), lambda m: m(latent))
