@@ -94,7 +94,7 @@ class Summing:
         """Sum what is left; returns whether that is all, False where a signal came first."""
         batch, every, total = self.config.latents.batch, self.config.latents.save_every_images, len(self.index)
         order = Order(self.config.run.seed, batch, batch, start=self.seen)
-        settings = replace(self.config.data, flip=False)
+        settings = replace(self.config.data, flip=False, class_balanced=False)  # every image once
         with (
             Loader(self.index, order, settings, self.device, asked=lambda: stop.requested) as loader,
             tqdm(total=total, initial=self.seen, unit="img", unit_scale=True, desc="latents") as bar,
