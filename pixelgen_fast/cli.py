@@ -137,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         choices=("folder", "public"),
         default="folder",
-        help="public: one file, OUT, as the code of ditdh or raev2 reads it",
+        help="public: one file, OUT, as the code of ditdh, raev2, mar, fractal or alitok reads it",
     )
 
     imported = command(

@@ -55,7 +55,7 @@ def _export_public(loaded: Generator, out: Path) -> int:
     c = loaded.config
     system, size = c.model.system, c.data.image_size
     state = interop.to_public(system, loaded.model.state_dict(), c.model, size)
-    wanted = interop.settings(system, c.model, size)["objective"].get("predict", "v")
+    wanted = interop.settings(system, c.model, size).get("objective", {}).get("predict", "v")
     if c.objective.predict != wanted:
         raise errors.InputError(
             f"objective.predict is {c.objective.predict}, and a published {system} predicts {wanted}: its code would "

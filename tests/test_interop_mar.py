@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pixelgen_fast import interop
 from pixelgen_fast.cli import main
+from pixelgen_fast.config import Objective
 from pixelgen_fast.interop import mar as form
 from pixelgen_fast.models import mar
 from pixelgen_fast.runs import draw
@@ -44,11 +45,24 @@ def test_import_and_back(state: dict[str, Tensor], tmp_path: Path, capsys: pytes
     loaded = draw.load(out)
     assert loaded.model.image_size == SIDE and loaded.model.num_classes == CLASSES
     assert loaded.config.sample.passes == 256 and loaded.config.sample.guidance == 2.9
-    shapes = form.public_shapes(loaded.config.model, SIDE, CLASSES)
-    back = form.to_public(loaded.model.state_dict(), shapes)
-    assert back.keys() == state.keys() and all(torch.equal(back[name], state[name]) for name in state)
+    public = tmp_path / "back.pth"
+    assert main(["export", str(out), str(public), "--format", "public"]) == 0, capsys.readouterr().err
+    back = torch.load(public, weights_only=True)
+    assert list(back) == list(state) and all(torch.equal(back[name], state[name]) for name in state)
     assert loaded.draw(torch.tensor([0, 2]), steps=2).shape == (2, SIDE, SIDE, 3)
     assert main(["sample", str(out), "--steps", "2", "--per-class", "1", "--temperature", "0.9", "--passes", "3"]) == 0
+
+
+def test_gradients_arrive_under_the_published_names(state: dict[str, Tensor]) -> None:
+    arguments = dict(encoder_embed_dim=768, encoder_depth=1, encoder_num_heads=12, decoder_embed_dim=768)
+    arguments |= dict(decoder_depth=1, decoder_num_heads=12, diffloss_d=1, diffloss_w=16, buffer_size=2, dropout=0.0)
+    arguments |= dict(img_size=SIDE, patch_size=4, channels=3, class_num=CLASSES)
+    module = interop.from_reference("mar", arguments, state)
+    assert module.state_dict().keys() == state.keys()
+    # so many images that one of them hides less than all of its four patches
+    images, y = torch.zeros(16, SIDE, SIDE, 3, dtype=torch.uint8), torch.arange(16) % (CLASSES + 1)
+    module(images, y, torch.arange(16), 7, Objective())["loss"].sum().backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in module.parameters())
 
 
 def test_weights_that_do_not_fit_are_named(state: dict[str, Tensor]) -> None:

@@ -47,7 +47,7 @@ def public(system: str) -> PublicForm:
 
 
 def from_reference(system: str, config: Mapping[str, Any], state_dict: State) -> nn.Module:
-    """A model from weights in the published layout, called as the public network: module(x, t [B], y int64 [B]).
+    """A model from weights in the published layout, called as the public network: a flow as module(x, t [B], y [B]).
 
     system: one of SYSTEMS. config: the constructor arguments of the public code plus image_size, as listed in the
     system's PublicForm.config. state_dict: keys without the prefix that they have in the file.

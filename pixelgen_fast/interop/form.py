@@ -59,7 +59,7 @@ class PublicForm:
     class_table: str = "y_embedder.embedding_table.weight"
     bare: str = "raw"
     no_class: Callable[[State], int] = lambda state: 1
-    call: Callable[[Callable[..., Any], Tensor, Tensor, Tensor], Any] = lambda net, x, t, y: net(x, t, y)
+    call: Callable[..., Any] = lambda net, *inputs: net(*inputs)
     to_public: Callable[[State, Any], dict[str, Tensor]] | None = None
     parts: Mapping[str, Callable[[Any, Path], tuple[Any, int]]] = field(default_factory=dict)
     sections: Callable[[Any, int], dict[str, dict[str, Any]]] = lambda settings, image_size: {}

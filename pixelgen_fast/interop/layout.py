@@ -20,8 +20,8 @@ Shapes = dict[str, tuple[int, ...]]
 class PublicLayout(nn.Module):
     """A model whose parameters keep the names and shapes of a published checkpoint.
 
-    forward(x, t, y) follows the public convention and its gradients arrive under the public names; the computation is
-    the native model's, on tensors packed on the fly. `native_state()` gives the packed weights.
+    forward takes what the model takes, a flow (x, t, y) in the public convention, and gradients arrive under the public
+    names; the computation is the native model's, on tensors packed on the fly. `native_state()`: the packed weights.
     fixed: names in the state that are tables of the model's. frozen: those of its weights that are not trained.
     call: as PublicForm has it.
     """
@@ -33,7 +33,7 @@ class PublicLayout(nn.Module):
         to_native: Callable[[State], dict[str, Tensor]],
         fixed: Iterable[str] = (),
         frozen: Iterable[str] = (),
-        call: Callable[[Callable[..., Any], Tensor, Tensor, Tensor], Any] = lambda net, x, t, y: net(x, t, y),
+        call: Callable[..., Any] = lambda net, *inputs: net(*inputs),
     ) -> None:
         super().__init__()
         self._native = [native]  # in a list, so that its own parameters are not registered a second time
@@ -59,9 +59,9 @@ class PublicLayout(nn.Module):
         weights = {**dict(self.named_parameters()), **dict(self.named_buffers())}
         return self._to_native({name: weights[name] for name in self._names})
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Any:
+    def forward(self, *inputs: Any) -> Any:
         state = self.native_state()
-        return self._call(lambda *z, **options: functional_call(self._native[0], state, z, options), x, t, y)
+        return self._call(lambda *z, **options: functional_call(self._native[0], state, z, options), *inputs)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self._native[0]._apply(fn, recurse)

@@ -157,9 +157,10 @@ def to_native(state: State, config: Settings) -> dict[str, Tensor]:
     return native
 
 
-def to_public(native: State, shapes: Shapes) -> dict[str, Tensor]:
-    """The weights of a MAR under the published names; shapes: `public_shapes` of it."""
-    rows = native["trunk.y_embed.weight"]
+def to_public(native: State, config: Settings) -> dict[str, Tensor]:
+    """The weights of a MAR under the published names, the inverse of `to_native`."""
+    rows, length = native["trunk.y_embed.weight"], len(native["trunk.target_position"])
+    shapes = public_shapes(config, round(length**0.5) * config.patch_size, len(rows) - 1)
     public = {"class_emb.weight": rows[:-1], "fake_latent": rows[-1:]}
     for name in shapes:
         if name.startswith(HEAD):
@@ -212,4 +213,5 @@ FORM = PublicForm(
     sections=sections,
     class_table="class_emb.weight",
     no_class=lambda state: 0,
+    to_public=to_public,
 )
