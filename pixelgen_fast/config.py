@@ -204,7 +204,8 @@ class Sampling:
     # guidance acts where interval[0] < t < interval[1]; None: everywhere
     interval: tuple[float, float] | None = None
     shift: float = above(0, default=1.0)
-    # deviation of the noise that a sequential system draws a piece from, as a multiple of that in training
+    # of sequential systems, 1 as trained: the deviation of the noise of a flow or diffusion, a divisor of AliTok's logits,
+    # a factor of FractalGen's (above 1 it sharpens), as each is published
     temperature: float = at_least(0, default=1.0)
     # passes through the network in which a system that hides pieces draws an image
     passes: int = above(0, default=64, most=65_536)
