@@ -204,8 +204,8 @@ class Sampling:
     # guidance acts where interval[0] < t < interval[1]; None: everywhere
     interval: tuple[float, float] | None = None
     shift: float = above(0, default=1.0)
-    # of sequential systems, 1 as trained: the deviation of the noise of a flow or diffusion, a divisor of AliTok's logits,
-    # a factor of FractalGen's (above 1 it sharpens), as each is published
+    # of sequential systems, 1 as trained: the noise of a flow or diffusion is multiplied by it, AliTok's logits are
+    # divided by it, FractalGen's multiplied, so that above 1 it sharpens there: each as published
     temperature: float = at_least(0, default=1.0)
     # passes through the network in which a system that hides pieces draws an image
     passes: int = above(0, default=64, most=65_536)
