@@ -101,8 +101,10 @@ def import_published(args: argparse.Namespace) -> int:
 def _import_decoder(args: argparse.Namespace) -> int:
     from pixelgen_fast.rae.autoencoder import import_decoder
 
-    if args.image_size is not None:
-        raise errors.InputError(f"--image-size {args.image_size}: a decoder's weights tell it; leave it out")
+    given = [("--image-size", args.image_size), ("--weights", args.weights), ("--tokenizer", args.tokenizer)]
+    for option, value in [*given, ("settings", " ".join(args.overrides) or None)]:
+        if value is not None:
+            raise errors.InputError(f"{option} {value}: no part of a {RAE_DECODER}, whose file tells it; leave it out")
     encoder = args.encoder or "vit_base_patch14_reg4_dinov2.lvd142m"
     rae = import_decoder(args.file, Path(args.out), encoder, args.encoder_weights, args.layers or ())
     print(

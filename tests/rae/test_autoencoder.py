@@ -101,7 +101,7 @@ def test_a_published_decoder_becomes_a_folder_with_its_encoder(tmp_path: Path, c
     assert torch.equal(found.encode(raw), wanted.encode(raw))
     z = torch.randn(1, C, 4, 4)
     assert torch.allclose(found.decode(z), 2 * (decoder(z) * 0.3 + 0.4) - 1, atol=1e-6)
-    for wrong, message in (([], "exists and is not empty"), (["--image-size", "16"], "a decoder's weights tell it")):
+    for wrong, message in (([], "exists and is not empty"), (["--image-size", "16"], "no part of a rae_decoder")):
         assert main(["import", str(tmp_path / "model.pt"), str(out), *options, *wrong]) == 2
         assert message in capsys.readouterr().err
 
