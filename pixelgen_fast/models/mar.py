@@ -6,7 +6,7 @@
 
 As published but for two things: each image hides as many patches as its own number draws, and not as its batch does,
 and its loss is the mean over those. Nothing is clipped in drawing: of 100 steps the first multiplies an error of e^ by
-340, so that a head which is small or little trained ends in noise. The published networks are of latents: channels 16,
+316, so that a head which is small or little trained ends in noise. The published networks are of latents: channels 16,
 patch 1, 16 x 16 of them. Such a one draws latents (draw_tokens); no decoder that makes images of them is here.
 Shapes: B images, L patches of d = channels p p numbers, ordered (channel, row, column), K draws, D width.
 """
