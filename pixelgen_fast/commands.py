@@ -147,7 +147,8 @@ def _evaluate(args: argparse.Namespace, team: Team) -> None:
     labels = torch.arange(count) % len(loaded.classes)
     if not digits:
         team.first(lambda: _check_reference(args, loaded.config.data.image_size))
-    settings = {name: getattr(loaded.config.sample, name) for name in _SAMPLING} | changes
+    used = [name for name in _SAMPLING if name in loaded.model.used_sampling]
+    settings = {name: getattr(loaded.config.sample, name) for name in used} | changes
     begin = time.perf_counter()
     images = team.collect(loaded.batches(labels, **team.drawing(), **changes), count, settings["batch"])
     if images is None:
