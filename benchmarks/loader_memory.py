@@ -61,6 +61,7 @@ def measure(root: Path, args: argparse.Namespace) -> list[tuple[int, int]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=250_000, help="images drawn")
+    parser.add_argument("--root", type=Path, help="a data set to read in place of files that are made")
     parser.add_argument("--files", type=int, default=20_000, help="JPEG files to make")
     parser.add_argument("--least", type=int, default=20, help="smallest side of a file")
     parser.add_argument("--most", type=int, default=120, help="largest side of a file")
@@ -79,8 +80,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        write_jpegs(Path(folder), args.files, args.least, args.most)
-        readings = measure(Path(folder), args)
+        if args.root is None:
+            write_jpegs(Path(folder), args.files, args.least, args.most)
+        readings = measure(args.root or Path(folder), args)
     images, memory = np.array(readings[READINGS // 10 - 1 :], dtype=np.float64).T
     slope = np.polyfit(images, memory, 1)[0]
     ends = (memory[-1] - memory[0]) / (images[-1] - images[0])
@@ -88,7 +90,7 @@ def main() -> None:
         f"{args.images:,} images in {time.perf_counter() - began:.0f} s: {slope:.0f} bytes an image by the slope, "
         f"{ends:.0f} from the first tenth to the end; {memory.min() / 1e6:.0f} to {memory.max() / 1e6:.0f} MB"
     )
-    record = {name: value for name, value in vars(args).items() if name != "out"}
+    record = {name: value for name, value in vars(args).items() if name != "out"} | {"root": str(args.root)}
     append(args.out, record | {"slope": slope, "ends": ends, "readings": readings} | machine("cpu"))
 
 

@@ -66,10 +66,10 @@ class Loader:
     index: what `open_index` gives. order: which images, from where on; its seed also decides the flips. settings: the
     section `data`: image_size S; class_balanced, whether classes or images come equally often; crop "adm", or "none"
     for images that are S x S already (checked); flip; workers, reader processes (0: read in this process, best for
-    small images); threads of DALI; prefetch, micro-batches kept ready; hw_decoder_load, the share of a batch for the
-    hardware JPEG engines; wait_seconds, how long data that are away are waited for; max_unreadable, the share of
-    unreadable images that is borne. decoder: "cpu" or "mixed" (NVIDIA's JPEG decoder; GPU only); None takes "mixed" on
-    a GPU. asked: whether the run is asked to stop, which ends waiting for data. kept_bytes: see Source.
+    small images); threads, which decode and crop; prefetch, micro-batches kept ready; hw_decoder_load, the share of a
+    batch for the hardware JPEG engines; wait_seconds, how long data that are away are waited for; max_unreadable, the
+    share of unreadable images that is borne. decoder: "cpu" or "mixed" (NVIDIA's JPEG decoder; GPU only); None takes
+    "mixed" on a GPU. asked: whether the run is asked to stop, which ends waiting for data. kept_bytes: see Source.
 
     wait_seconds: time the consumer spent waiting so far. replaced: path -> reason of every unreadable image met.
     Raises ValueError for sizes that do not divide, an unknown crop or decoder, or (while iterating, naming the file) an
@@ -154,7 +154,7 @@ class Loader:
 
     def _there(self, x: Tensor) -> Tensor:
         """A tensor on the device. From memory that is not pinned it would wait for all that the device has to do."""
-        if x.device == self.device or not self._on_gpu:
+        if x.is_cuda or not self._on_gpu:
             return x
         return (x if x.is_pinned() else x.pin_memory()).to(self.device, non_blocking=True)
 

@@ -76,8 +76,8 @@ def pack(
     if out.exists():
         return _finished(out, made)
     _check_room(out, len(index), size)
-    errors.begin()
     with Progress(out, index, made) as progress:
+        errors.begin()
         if not progress.complete:
             work = partial(_cropped, size, crop, upright)
             for i, pixels in each(
