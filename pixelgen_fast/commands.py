@@ -281,7 +281,7 @@ def _trained(config: cfg.Config) -> float:
 
     with torch.device("meta"):
         model = models.build_model(config, config.data.num_classes or 1000)
-    return 0.43 * 989e12 / (3 * forward_flops(model, config.data.image_size))
+    return 0.43 * 989e12 / (3 * forward_flops(model))
 
 
 def kernels_report(args: argparse.Namespace) -> int:
