@@ -70,8 +70,8 @@ def centre_crop_into(pixels: np.ndarray, out: np.ndarray) -> None:
 
 def _filtered(pixels: np.ndarray, size: tuple[int, int], **filter: str | bool) -> np.ndarray:
     """Pixels uint8 [h, w, 3] as [*size, 3]. Only this is torch's: its copies would be shared out among more threads."""
-    x = torch.from_numpy(pixels).permute(2, 0, 1)[None]
-    return interpolate(x, size=size, **filter)[0].permute(1, 2, 0).numpy()
+    x = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # whose strides say channels_last, and so do the result's
+    return interpolate(x, size=size, **filter).permute(0, 2, 3, 1)[0].numpy()
 
 
 def _even(pixels: np.ndarray) -> np.ndarray:
