@@ -25,6 +25,8 @@ from pixelgen_fast.errors import InputError
 # [halved h, w, region start y, x, region height, width]
 HEAD, HALVING = 5, 6
 KEPT_BYTES = 64 * 2**20
+_ITEM_BYTES = 512  # that an item takes beside its data: objects of Python and NumPy
+_NO_GEOMETRY = np.zeros(HEAD, np.float32)
 
 
 class Item(NamedTuple):
@@ -40,8 +42,8 @@ class Source:
 
     seed, class_balanced: of the run's order. crop: "adm", "none", or "later" where the crop is made of decoded pixels
     and items have no geometry. halvings: how many box halvings the pipeline performs; an image that needs more arrives
-    halved by PIL already. kept_bytes: encoded images up to this total stay in each reader's memory, so that a small
-    data set is read from storage once.
+    halved by PIL already. kept_bytes: of memory in each reader, in which encoded images stay, so that a small data
+    set is read from storage once.
 
     bad: indexes known to be unreadable, never read; the loader adds to this set. found: index -> reason of images that
     turned out to be unreadable and are not in `bad`; whoever reads it clears it.
@@ -110,7 +112,7 @@ class Source:
                 "takes images as they are; use crop 'adm', or pack the data at that size"
             )
         if self.crop in ("none", "later"):
-            return _item(data if header.direct else as_ppm(decode(data)), np.zeros(HEAD, np.float32), i)
+            return _item(data if header.direct else as_ppm(decode(data)), _NO_GEOMETRY, i)
         plan = crop_plan(height, width, self.size)
         early = len(plan.halved) - self.halvings
         if early > 0 or not header.direct:
@@ -121,9 +123,9 @@ class Source:
         return _item(data, geometry((height, width), plan, plan.halved[max(early, 0) :], self.halvings), i)
 
     def _keep(self, item: Item) -> Item:
-        if item.data.nbytes <= self._room:
+        if (size := item.data.nbytes + _ITEM_BYTES) <= self._room:
             self._kept[item.index] = item
-            self._room -= item.data.nbytes
+            self._room -= size
         return item
 
 
