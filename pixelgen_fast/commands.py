@@ -277,11 +277,11 @@ def _trained(config: cfg.Config) -> float:
     import torch
 
     from pixelgen_fast import models
-    from pixelgen_fast.engine.metrics import forward_flops
+    from pixelgen_fast.engine.metrics import GPU_PEAK, forward_flops
 
     with torch.device("meta"):
         model = models.build_model(config, config.data.num_classes or 1000)
-    return 0.43 * 989e12 / (3 * forward_flops(model))
+    return 0.43 * GPU_PEAK["H100"] / (3 * forward_flops(model))
 
 
 def kernels_report(args: argparse.Namespace) -> int:

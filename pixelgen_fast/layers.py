@@ -106,6 +106,14 @@ class Attention(nn.Module):
         return F.dropout(out_BLD, self.dropout, self.training) if self.dropout else out_BLD
 
 
+def swiglu_width(dim: int, multiple: int = 1) -> int:
+    """The hidden width that gives a SwiGLU the weights of an MLP of 4 D: 8 D / 3, rounded up to a multiple.
+
+    Without one rounded down, as LightningDiT has it; LlamaGen rounds up to 256 (arXiv 2406.06525).
+    """
+    return -(-int(8 * dim / 3) // multiple) * multiple
+
+
 class SwiGLU(nn.Module):
     """W2 (silu(W1 x) * W3 x) with W1 and W3 packed in one projection. [B, L, D] -> [B, L, D].
 

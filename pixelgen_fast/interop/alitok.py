@@ -19,9 +19,9 @@ from torch import Tensor
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.interop.form import PublicForm
 from pixelgen_fast.interop.layout import Shapes, State, add_linear, arguments, depth, rename, require
+from pixelgen_fast.layers import swiglu_width
 from pixelgen_fast.models.alitok import Settings
 from pixelgen_fast.models.alitok_tokenizer import read_weights
-from pixelgen_fast.models.alitok_transformer import hidden_width
 
 CLASS_TABLE = "embeddings.weight"
 IMAGE_SIZE = 256
@@ -66,7 +66,7 @@ def config(mapping: Mapping[str, Any]) -> tuple[Settings, int, int]:
 
 def public_shapes(c: Settings, image_size: int, num_classes: int) -> Shapes:
     """Names and shapes of a published AliTok, in the order of its state dict; the same at every image size."""
-    D, F, V = c.hidden_size, hidden_width(c.hidden_size), c.codebook_size
+    D, F, V = c.hidden_size, swiglu_width(c.hidden_size, 256), c.codebook_size
     shapes: Shapes = {}
     for i in range(c.depth):
         block = f"blocks.{i}"

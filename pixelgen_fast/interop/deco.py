@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pixelgen_fast.interop.form import PublicForm
 from pixelgen_fast.interop.layout import Shapes, State, add_linear, arguments, depth, rename, require
+from pixelgen_fast.layers import swiglu_width
 from pixelgen_fast.models.deco import FREQUENCIES, Settings
 
 PREFIXES = {"ema": "ema_denoiser.", "raw": "denoiser."}
@@ -46,7 +47,7 @@ def config(mapping: Mapping[str, Any]) -> tuple[Settings, int, int]:
 def public_shapes(c: Settings, image_size: int, num_classes: int) -> Shapes:
     """Names and shapes of a published DeCo, in the order of its state dict; the same at every image size."""
     D, C, P, d = c.hidden_size, c.decoder_width, c.patch_size**2, c.hidden_size // c.num_heads
-    F = int(2 * 4 * D / 3)
+    F = swiglu_width(D)
     shapes: Shapes = {}
     add_linear(shapes, "x_embedder.embedder.0", C, 3 + FREQUENCIES**2)
     add_linear(shapes, "s_embedder.proj", D, 3 * P)

@@ -19,7 +19,7 @@ from pixelgen_fast.interop.form import PublicForm
 from pixelgen_fast.interop.layout import Shapes, State, arguments, require
 from pixelgen_fast.interop.layout import depth as count_of
 from pixelgen_fast.interop.packing import Packed, linear, pack, shapes_of, unpack
-from pixelgen_fast.layers import rope_2d_axial, sincos_2d
+from pixelgen_fast.layers import rope_2d_axial, sincos_2d, swiglu_width
 from pixelgen_fast.models.ditdh import Settings
 
 PREFIXES = {"ema": "", "raw": ""}
@@ -95,7 +95,7 @@ def packing(c: Settings, num_classes: int = 0) -> list[Packed]:
 
 
 def _block(ours: str, theirs: str, D: int) -> list[Packed]:
-    F = int(2 * 4 * D / 3)
+    F = swiglu_width(D)
     return [
         *(Packed(f"{ours}.{norm}.weight", {f"{theirs}.{norm}.weight": (D,)}) for norm in ("norm1", "norm2")),
         *linear(f"{ours}.attn.qkv", [f"{theirs}.attn.qkv"], 3 * D, D),

@@ -15,9 +15,19 @@ from torch import Tensor
 
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.interop.form import PublicForm
-from pixelgen_fast.interop.layout import Shapes, State, add_linear, arguments, depth, rename, require
+from pixelgen_fast.interop.layout import (
+    Shapes,
+    State,
+    add_linear,
+    add_norm,
+    add_vit_block,
+    arguments,
+    depth,
+    rename,
+    require,
+)
+from pixelgen_fast.layers import swiglu_width
 from pixelgen_fast.models.fractal import Level, Settings
-from pixelgen_fast.models.fractal_blocks import hidden_width
 from pixelgen_fast.models.fractal_levels import GUIDE_DEPTH, GUIDE_WIDTH, NEIGHBOURS
 from pixelgen_fast.models.fractal_pixel import VALUES
 
@@ -92,13 +102,13 @@ def public_shapes(c: Settings, image_size: int, num_classes: int) -> Shapes:
             shapes[f"{name}.mask_token"] = (1, 1, D)
         shapes[f"{name}.pos_embed_learned"] = (1, _front(c, number) + (side // p) ** 2, D)
         add_linear(shapes, f"{name}.patch_emb", D, 3 * p * p)
-        _add_norm(shapes, f"{name}.patch_emb_ln", D)
+        add_norm(shapes, f"{name}.patch_emb_ln", D)
         add_linear(shapes, f"{name}.cond_emb", D, above)
         if guided:
             add_linear(shapes, f"{name}.pix_proj", D, 3)
         for i in range(level.depth):
-            (_add_block if c.generator == "masked" else _add_causal_block)(shapes, f"{name}.blocks.{i}", D)
-        _add_norm(shapes, f"{name}.norm", D)
+            (add_vit_block if c.generator == "masked" else _add_causal_block)(shapes, f"{name}.blocks.{i}", D)
+        add_norm(shapes, f"{name}.norm", D)
         if guided:
             _add_colors(shapes, f"{name}.guiding_pixel_loss.", above, GUIDE_WIDTH, GUIDE_DEPTH)
         side, above, prefix = p, D, prefix + INSIDE
@@ -111,21 +121,8 @@ def levels(c: Settings) -> list[Level]:
     return [Level(c.patch_size, c.hidden_size, c.num_heads, c.depth), *c.inner]
 
 
-def _add_norm(shapes: Shapes, name: str, width: int) -> None:
-    shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
-
-
-def _add_block(shapes: Shapes, name: str, D: int) -> None:
-    _add_norm(shapes, f"{name}.norm1", D)
-    add_linear(shapes, f"{name}.attn.qkv", 3 * D, D)
-    add_linear(shapes, f"{name}.attn.proj", D, D)
-    _add_norm(shapes, f"{name}.norm2", D)
-    add_linear(shapes, f"{name}.mlp.fc1", 4 * D, D)
-    add_linear(shapes, f"{name}.mlp.fc2", D, 4 * D)
-
-
 def _add_causal_block(shapes: Shapes, name: str, D: int) -> None:
-    F = hidden_width(D)
+    F = swiglu_width(D, 256)
     add_linear(shapes, f"{name}.attention.wqkv", 3 * D, D, bias=False)
     add_linear(shapes, f"{name}.attention.wo", D, D, bias=False)
     add_linear(shapes, f"{name}.feed_forward.w1", F, D, bias=False)
@@ -138,10 +135,10 @@ def _add_colors(shapes: Shapes, prefix: str, above: int, W: int, blocks: int) ->
     add_linear(shapes, f"{prefix}cond_proj", W, above)
     for color in "rgb":
         shapes[f"{prefix}{color}_codebook.weight"] = (VALUES, W)
-    _add_norm(shapes, f"{prefix}ln", W)
+    add_norm(shapes, f"{prefix}ln", W)
     for i in range(blocks):
-        _add_block(shapes, f"{prefix}blocks.{i}", W)
-    _add_norm(shapes, f"{prefix}norm", W)
+        add_vit_block(shapes, f"{prefix}blocks.{i}", W)
+    add_norm(shapes, f"{prefix}norm", W)
     for color in "rgb":
         shapes[f"{prefix}{color}_mlm.bias"] = (1, VALUES)
 

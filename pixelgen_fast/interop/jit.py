@@ -14,7 +14,7 @@ from torch import Tensor
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.interop.form import PublicForm
 from pixelgen_fast.interop.layout import Shapes, State, add_linear, arguments, depth, rename, require
-from pixelgen_fast.layers import sincos_2d
+from pixelgen_fast.layers import sincos_2d, swiglu_width
 from pixelgen_fast.models.jit import Settings
 
 PREFIXES = {"ema": "net.", "ema2": "net.", "raw": "net."}
@@ -57,7 +57,7 @@ def config(mapping: Mapping[str, Any]) -> tuple[Settings, int, int]:
 
 def public_shapes(c: Settings, image_size: int, num_classes: int) -> Shapes:
     """Names and shapes of a published JiT, in the order of its state dict."""
-    D, p, F = c.hidden_size, c.patch_size, int(2 * 4 * c.hidden_size / 3)
+    D, p, F = c.hidden_size, c.patch_size, swiglu_width(c.hidden_size)
     shapes: Shapes = {"pos_embed": (1, (image_size // p) ** 2, D)}
     if c.context_length:
         shapes["in_context_posemb"] = (1, c.context_length, D)

@@ -95,6 +95,21 @@ def add_linear(shapes: Shapes, name: str, rows: int, columns: int, bias: bool = 
         shapes[f"{name}.bias"] = (rows,)
 
 
+def add_norm(shapes: Shapes, name: str, dim: int) -> None:
+    """Enter the weight and the bias of a LayerNorm."""
+    shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (dim,)
+
+
+def add_vit_block(shapes: Shapes, name: str, dim: int) -> None:
+    """Enter a block of timm's ViT whose MLP is four times as wide."""
+    add_norm(shapes, f"{name}.norm1", dim)
+    add_linear(shapes, f"{name}.attn.qkv", 3 * dim, dim)
+    add_linear(shapes, f"{name}.attn.proj", dim, dim)
+    add_norm(shapes, f"{name}.norm2", dim)
+    add_linear(shapes, f"{name}.mlp.fc1", 4 * dim, dim)
+    add_linear(shapes, f"{name}.mlp.fc2", dim, 4 * dim)
+
+
 def rename(name: str, names: Iterable[tuple[str, str]]) -> str:
     """Apply (pattern, replacement) pairs to a parameter's name, in their order."""
     for pattern, replacement in names:

@@ -15,7 +15,17 @@ from torch import Tensor
 
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.interop.form import PublicForm
-from pixelgen_fast.interop.layout import Shapes, State, add_linear, arguments, depth, rename, require
+from pixelgen_fast.interop.layout import (
+    Shapes,
+    State,
+    add_linear,
+    add_norm,
+    add_vit_block,
+    arguments,
+    depth,
+    rename,
+    require,
+)
 from pixelgen_fast.models.mar import PIXELS, Settings, decoder_of
 
 PREFIXES = {"ema": "", "raw": ""}
@@ -79,14 +89,14 @@ def public_shapes(c: Settings, side: int, num_classes: int) -> Shapes:
     shapes |= {"decoder_pos_embed_learned": (1, tokens, width), "diffusion_pos_embed_learned": (1, length, width)}
     shapes["class_emb.weight"] = (num_classes, D)
     add_linear(shapes, "z_proj", D, patch)
-    _add_norm(shapes, "z_proj_ln", D)
+    add_norm(shapes, "z_proj_ln", D)
     for i in range(c.depth):
-        _add_block(shapes, f"encoder_blocks.{i}", D)
-    _add_norm(shapes, "encoder_norm", D)
+        add_vit_block(shapes, f"encoder_blocks.{i}", D)
+    add_norm(shapes, "encoder_norm", D)
     add_linear(shapes, "decoder_embed", width, D)
     for i in range(decoder_depth):
-        _add_block(shapes, f"decoder_blocks.{i}", width)
-    _add_norm(shapes, "decoder_norm", width)
+        add_vit_block(shapes, f"decoder_blocks.{i}", width)
+    add_norm(shapes, "decoder_norm", width)
     shapes |= {f"{HEAD}{name}": shape for name, shape in head_shapes(patch, width, W, c.head_depth).items()}
     return shapes
 
@@ -102,26 +112,13 @@ def head_shapes(patch: int, condition: int, W: int, blocks: int) -> Shapes:
     add_linear(shapes, "cond_embed", W, condition)
     add_linear(shapes, "input_proj", W, patch)
     for i in range(blocks):
-        _add_norm(shapes, f"res_blocks.{i}.in_ln", W)
+        add_norm(shapes, f"res_blocks.{i}.in_ln", W)
         add_linear(shapes, f"res_blocks.{i}.mlp.0", W, W)
         add_linear(shapes, f"res_blocks.{i}.mlp.2", W, W)
         add_linear(shapes, f"res_blocks.{i}.adaLN_modulation.1", 3 * W, W)
     add_linear(shapes, "final_layer.linear", 2 * patch, W)
     add_linear(shapes, "final_layer.adaLN_modulation.1", 2 * W, W)
     return shapes
-
-
-def _add_norm(shapes: Shapes, name: str, dim: int) -> None:
-    shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (dim,)
-
-
-def _add_block(shapes: Shapes, name: str, dim: int) -> None:
-    _add_norm(shapes, f"{name}.norm1", dim)
-    add_linear(shapes, f"{name}.attn.qkv", 3 * dim, dim)
-    add_linear(shapes, f"{name}.attn.proj", dim, dim)
-    _add_norm(shapes, f"{name}.norm2", dim)
-    add_linear(shapes, f"{name}.mlp.fc1", 4 * dim, dim)
-    add_linear(shapes, f"{name}.mlp.fc2", dim, 4 * dim)
 
 
 HEAD_NAMES = [

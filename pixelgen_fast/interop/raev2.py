@@ -15,6 +15,7 @@ from pixelgen_fast.interop import ditdh
 from pixelgen_fast.interop.form import PublicForm
 from pixelgen_fast.interop.layout import Shapes, State, arguments, require
 from pixelgen_fast.interop.packing import Packed, linear, pack, shapes_of, unpack
+from pixelgen_fast.layers import swiglu_width
 from pixelgen_fast.models.raev2 import Settings
 
 CLASS_TABLE = "ctx_embedder.embedding_table.weight"
@@ -59,7 +60,7 @@ def packing(c: Settings, num_classes: int = 0) -> list[Packed]:
 
 
 def _block(ours: str, theirs: str, D: int, head_dim: int, modulated: bool) -> list[Packed]:
-    F = int(2 * 4 * D / 3)
+    F = swiglu_width(D)
     norms = {"norm1": D, "norm2": D, "attn.q_norm": head_dim, "attn.k_norm": head_dim}
     return [
         *(Packed(f"{ours}.{norm}.weight", {f"{theirs}.{norm}.weight": (width,)}) for norm, width in norms.items()),

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pixelgen_fast.layers import Float32Tables, rope_2d_axial, small_, zero_
+from pixelgen_fast.layers import Float32Tables, rope_2d_axial, small_, swiglu_width, zero_
 from pixelgen_fast.models.causal_blocks import CausalBlock, KeysValues, Norm, empty_past
 
 EPS = 1e-5
@@ -47,7 +47,7 @@ class TokenTransformer(Float32Tables):
         self.token_embed = nn.Embedding(words + 1, dim)
         self.y_embed = nn.Embedding(num_classes + 1, dim)
         self.blocks = nn.ModuleList(
-            CausalBlock(dim, num_heads, hidden_width(dim), qkv_bias=True, dropout=dropout, eps=EPS)
+            CausalBlock(dim, num_heads, swiglu_width(dim, 256), qkv_bias=True, dropout=dropout, eps=EPS)
             for _ in range(depth)
         )
         self.head = Head(dim, words)
@@ -88,11 +88,6 @@ class TokenTransformer(Float32Tables):
         for block, kept in zip(self.blocks, past, strict=True):
             x, branch = block(x, branch, cos, sin, kept, worth_Bm)
         return self.head(x, branch)[:, 0]
-
-
-def hidden_width(dim: int) -> int:
-    """Of the SwiGLU: 8 D / 3, rounded up to a multiple of 256."""
-    return -(-int(8 * dim / 3) // 256) * 256
 
 
 def positions(prefix: int, grid: int, head_dim: int, theta: float = 1e4) -> tuple[Tensor, Tensor]:

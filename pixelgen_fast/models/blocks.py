@@ -17,7 +17,7 @@ from einops import rearrange
 from pixelgen_kernels import norm_modulate
 from torch import Tensor, nn
 
-from pixelgen_fast.layers import Attention, RMSNorm, SwiGLU
+from pixelgen_fast.layers import Attention, RMSNorm, SwiGLU, swiglu_width
 
 
 class TokenStream(NamedTuple):
@@ -52,7 +52,7 @@ class TransformerBlock(nn.Module):
         self.norm1 = RMSNorm(dim)
         self.attn = Attention(dim, num_heads, qkv_bias=bias, dropout=dropout, qk_norm=qk_norm)
         self.norm2 = RMSNorm(dim)
-        self.mlp = SwiGLU(dim, int(2 * 4 * dim / 3), bias=bias, dropout=dropout)
+        self.mlp = SwiGLU(dim, swiglu_width(dim), bias=bias, dropout=dropout)
         self.modulation = nn.Linear(dim, 6 * dim) if modulated else None
 
     def forward(

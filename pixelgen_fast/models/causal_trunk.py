@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from pixelgen_fast.layers import Float32Tables, rope_2d_axial, small_, xavier_
+from pixelgen_fast.layers import Float32Tables, rope_2d_axial, small_, swiglu_width, xavier_
 from pixelgen_fast.models.causal_blocks import CausalBlock, KeysValues, Norm, empty_past
 
 
@@ -35,7 +35,7 @@ class CausalTrunk(Float32Tables):
         K = self.class_tokens = class_tokens
         self.y_embed = nn.Embedding(num_classes + 1, K * dim)
         self.enter, self.enter_norm = nn.Linear(width, dim), Norm(dim)
-        self.layers = nn.ModuleList(CausalBlock(dim, num_heads, int(2 * 4 * dim / 3)) for _ in range(depth))
+        self.layers = nn.ModuleList(CausalBlock(dim, num_heads, swiglu_width(dim)) for _ in range(depth))
         self.leave_norm = Norm(dim)
         self.target_position = nn.Parameter(torch.empty(grid**2, dim))
         cos, sin = (table[:-1] for table in rope_2d_axial(grid, grid, dim // num_heads))

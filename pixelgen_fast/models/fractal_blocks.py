@@ -9,13 +9,13 @@ Shapes: M rows, L tokens, D width, H heads of d.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
+from pixelgen_kernels import rotate
 from torch import Tensor, nn
 
 from pixelgen_fast.errors import InputError
-from pixelgen_fast.layers import SwiGLU, ViTBlock
+from pixelgen_fast.layers import SwiGLU, ViTBlock, swiglu_width
 from pixelgen_fast.models.causal_blocks import KeysValues
 
 LAYER_NORM_EPS, RMS_NORM_EPS = 1e-6, 1e-5
@@ -50,8 +50,8 @@ class LlamaAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x_MLD: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None = None) -> Tensor:
-        q, k, v = rearrange(self.qkv(x_MLD), "M L (n H d) -> n M H L d", n=3, H=self.num_heads)
-        q, k = rotated(q, cos, sin), rotated(k, cos, sin)
+        q, k, v = rearrange(self.qkv(x_MLD), "M L (n H d) -> n M L H d", n=3, H=self.num_heads)
+        q, k, v = (tensor.transpose(1, 2) for tensor in (rotate(q, cos, sin), rotate(k, cos, sin), v))
         if past is not None:
             k, v = past.extended(k, v)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=past is None)
@@ -67,7 +67,7 @@ class LlamaBlock(nn.Module):
         self.norm1 = nn.RMSNorm(dim, eps=RMS_NORM_EPS)
         self.attn = LlamaAttention(dim, num_heads)
         self.norm2 = nn.RMSNorm(dim, eps=RMS_NORM_EPS)
-        self.mlp = SwiGLU(dim, hidden_width(dim))
+        self.mlp = SwiGLU(dim, swiglu_width(dim, 256))
 
     def forward(self, x_MLD: Tensor, cos: Tensor, sin: Tensor, past: KeysValues | None = None) -> Tensor:
         h = self.attn(self.norm1(x_MLD), cos, sin, past)
@@ -78,15 +78,3 @@ class LlamaBlock(nn.Module):
         """An empty cache for so many tokens."""
         heads, like = self.attn.num_heads, self.attn.proj.weight
         return KeysValues(rows, heads, tokens, len(like) // heads, like)
-
-
-def hidden_width(dim: int) -> int:
-    """Of LlamaGen's SwiGLU: 8 D / 3, rounded up to a multiple of 256."""
-    return -(-int(8 * dim / 3) // 256) * 256
-
-
-def rotated(x_MHLd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Pairs (a, b) of consecutive features turned to (a cos - b sin, a sin + b cos), in float32 or wider."""
-    wide = x_MHLd.to(torch.promote_types(x_MHLd.dtype, cos.dtype))
-    a, b = wide[..., 0::2], wide[..., 1::2]
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x_MHLd.dtype)

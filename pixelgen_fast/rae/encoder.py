@@ -37,8 +37,6 @@ _CHANGES = {
     "siglip": {"global_pool": "", "act_layer": "gelu_tanh"},
     "mae": {"norm_layer": partial(nn.LayerNorm, eps=1e-12)},
 }
-# of `load_dino`: names of all families, and files without what an encoder leaves away
-_READING = {"rename": encoder_to_timm, "optional": ("norm.weight", "norm.bias")}
 _PLAIN_RESIZE = ("mae", "siglip")
 
 
@@ -132,7 +130,8 @@ def copy_encoder(name: str, weights: str | None, folder: str | Path) -> None:
 
 
 def _reading(name: str) -> dict[str, Any]:
-    """How `load_dino` reads the network: what its names are, and what is made otherwise than timm has it."""
+    """How `load_dino` reads the network: names of all families, files without what an encoder leaves away, and what is
+    made otherwise than timm has it."""
     changes = next((kwargs for part, kwargs in _CHANGES.items() if part in name), {})
     return dict(rename=encoder_to_timm, optional=("norm.weight", "norm.bias"), **changes)
 

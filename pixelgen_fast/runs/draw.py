@@ -82,9 +82,6 @@ class Generator:
         """Samples of these numbers [n] and labels [n], float32 [n, 3, S, S] on the model's device."""
         o, like = self.config.objective, next(self.model.parameters())
         if isinstance(self.model, SequentialSystem):
-            if settings["guide"] is not None:
-                name = self.config.model.system
-                raise GeneratorError(f"sample.guide is {settings['guide']}, and no model guides a {name}; leave it out")
             drawn = (labels.to(like.device), numbers.to(like.device))
             with torch.no_grad():
                 return self.model.draw(*drawn, Sampling(**settings), o, before_pass)
