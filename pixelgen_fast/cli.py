@@ -247,7 +247,10 @@ def _add_data_commands(data: argparse.ArgumentParser, command: Callable[..., arg
     bench.add_argument(
         "--per-gpu", type=float, help="images a second that a GPU trains (default: as the model tells, or 450)"
     )
-    bench.add_argument("--turns", type=int, default=5, help="of each on 1 core, and on 2 (default: 5)")
+    bench.add_argument(
+        "--cores", type=int, nargs="+", default=[1, 2], help="of these, those that there are (default: 1 2)"
+    )
+    bench.add_argument("--turns", type=int, default=5, help="of each on each number of cores (default: 5)")
     bench.add_argument("--seconds", type=float, default=1.0, help="of a turn (default: 1)")
     bench.add_argument("--images", type=int, default=1024, help="of the data set, drawn at random (default: 1024)")
     for parser in (scan, pack):

@@ -266,7 +266,13 @@ def data_bench(args: argparse.Namespace) -> int:
     elif args.overrides:
         raise errors.InputError(f"{args.overrides[0]}: overrides go with a configuration, and {root} is none")
     report = bench(
-        open_root(root), size or 256, per_gpu=per_gpu or 450, turns=args.turns, seconds=args.seconds, images=args.images
+        open_root(root),
+        size or 256,
+        per_gpu=per_gpu or 450,
+        cores=args.cores,
+        turns=args.turns,
+        seconds=args.seconds,
+        images=args.images,
     )
     print("\n".join(report.lines()))
     return 0

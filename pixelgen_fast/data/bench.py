@@ -137,9 +137,11 @@ def bench(
     """
     _check(index, size, per_gpu, turns, seconds, images, batch)
     free = sorted(os.sched_getaffinity(0))
+    if not any(0 < count <= len(free) for count in cores):
+        raise InputError(f"cores {', '.join(map(str, cores))}: this process may use 1 to {len(free)}")
     with tempfile.TemporaryDirectory(prefix="pixelgen-bench-") as folder:
         sizes = _sample(index, Path(folder), images)
-        counts = [count for count in cores if count <= len(free)]
+        counts = sorted({count for count in cores if 0 < count <= len(free)})
         rows = [Row(name, count) for count in counts for name in providers]
         with tqdm(total=len(rows) * turns, desc="bench", unit="turn", disable=None) as bar:
             for count in counts:

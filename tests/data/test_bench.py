@@ -90,6 +90,11 @@ def test_impossible_numbers_are_refused(photos, changes, name):
         bench(open_index(photos), 32, **({"per_gpu": 450} | changes))
 
 
+def test_cores_that_there_are_not_are_refused(photos):
+    with pytest.raises(ValueError, match=r"cores 0, 100000: this process may use 1 to \d+"):
+        bench(open_index(photos), 32, per_gpu=450, cores=(0, 100_000))
+
+
 def test_nothing_to_decode_is_refused(photos, tmp_path):
     pack(photos, tmp_path / "packed", 16)
     with pytest.raises(ValueError, match="is packed: nothing is decoded there"):
@@ -103,7 +108,8 @@ def test_nothing_to_decode_is_refused(photos, tmp_path):
 def test_the_command_takes_a_root_or_a_configuration(photos, monkeypatch, capsys):
     asked = []
 
-    def recorded(index, size, *, per_gpu, turns, seconds, images):
+    def recorded(index, size, *, per_gpu, cores, turns, seconds, images):
+        assert cores == [1, 2]
         asked.append((len(index), size, round(per_gpu), turns, seconds, images))
         return REPORT
 
