@@ -1,14 +1,16 @@
 """Runs a comparison: the teacher, the decoder, then every variant with every seed, each trained and judged by the usual
 commands, at every checkpoint that it keeps.
 
-Seeds come outermost, so that a comparison that is stopped holds every variant equally often. A run that has been judged
-is not made again; one that was stopped goes on. Each run is a process of its own, so none inherits another's state.
+Seeds come outermost, and the page is written after each, so that a comparison that is stopped has one of every variant
+with the seeds that are whole. A run that has been judged is not made again; one that was stopped goes on. Each run is a
+process of its own, so none inherits another's state.
 """
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
@@ -41,7 +43,7 @@ class CompareError(UserError, RuntimeError):
 
 
 def run(compare: Compare) -> Path | None:
-    """Run what is missing and write the page; returns its path, or None when a signal stopped a run.
+    """Run what is missing and write the page after each seed; returns its path, or None when a signal stopped a run.
 
     Raises CompareError for a run that fails; what is finished stays. Raises ValueError, before the first one, for a
     device that is not there or a body of the operators that cannot run on it.
@@ -53,13 +55,16 @@ def run(compare: Compare) -> Path | None:
     for what in PREPARED:
         if not _prepare(compare, what):
             return None
-    pairs = [(variant, seed) for seed in compare.seeds for variant in compare.variants]
-    bar = tqdm(pairs, desc="compare", unit="run")
-    for variant, seed in bar:
-        bar.set_postfix_str(f"{variant}, seed {seed}")
-        if not _train_and_judge(compare, variant, seed):
-            return None
-    return write_page(compare)
+    page = None
+    with tqdm(total=len(compare.seeds) * len(compare.variants), desc="compare", unit="run") as bar:
+        for done, seed in enumerate(compare.seeds, 1):
+            for variant in compare.variants:
+                bar.set_postfix_str(f"{variant}, seed {seed}")
+                if not _train_and_judge(compare, variant, seed):
+                    return None
+                bar.update()
+            page = write_page(replace(compare, seeds=compare.seeds[:done]))
+    return page
 
 
 def _prepare(compare: Compare, what: str) -> bool:

@@ -60,8 +60,11 @@ def test_every_shipped_variant_can_be_built(name: str, monkeypatch: pytest.Monke
             build_model(schema.run_config(compare, variant, 0), 10)
 
 
-def test_runs_once_and_writes_a_page_that_needs_no_other_file(config: Path, tmp_path: Path) -> None:
-    """Two variants, one seed; a second call makes no run again and finds what the first left."""
+def test_runs_once_and_writes_a_page_that_needs_no_other_file(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two variants, one seed; a second call makes no run again and finds what the first left. One that is stopped in
+    the seed after it has the page of the first."""
     assert main(["compare", str(config), "seeds=[1]"]) == 0
     page = (tmp_path / "out" / "page.html").read_text()
     assert page.count("data:image/png;base64,") == 4  # quality, the flow curves and two grids
@@ -76,6 +79,11 @@ def test_runs_once_and_writes_a_page_that_needs_no_other_file(config: Path, tmp_
     assert main(["compare", str(config), "seeds=[1]"]) == 0
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("evaluation.json")}
     assert "Plain" in (tmp_path / "out" / "page.md").read_text()
+    (tmp_path / "out" / "page.html").unlink()
+    train_and_judge = run._train_and_judge
+    monkeypatch.setattr(run, "_train_and_judge", lambda *pair: pair[2] != 2 and train_and_judge(*pair))
+    assert run.run(schema.load(config, ["seeds=[1,2]"])) is None
+    assert "2 systems, 1 seed each" in (tmp_path / "out" / "page.html").read_text()
 
 
 def test_quick_replaces_seeds_and_settings(config: Path) -> None:
