@@ -17,8 +17,13 @@ WORKER = Path(__file__).with_name("signal_worker.py")
 
 
 def start(task: str) -> subprocess.Popen:
+    """A worker that hears every signal, also where nohup has started the tests."""
     command = [sys.executable, str(WORKER), task]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])

@@ -47,6 +47,7 @@ def command(arguments: list[str], log: str, plant: Callable[[], object] | None) 
         os.dup2(out.fileno(), 1)
         os.dup2(out.fileno(), 2)
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup has it ignored
     if plant is not None:
         plant()
     from pixelgen_fast.cli import main
