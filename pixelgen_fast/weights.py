@@ -7,8 +7,9 @@ version 1.6. From the two of torch nothing is made but tensors, plain values and
 from __future__ import annotations
 
 import argparse
+import re
 import struct
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,13 @@ def plain_names(state: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
             raise InputError(f"{origin}: holds {plain} twice, the second time as {name}")
         renamed[plain] = value
     return renamed
+
+
+def rename(name: str, names: Iterable[tuple[str, str]]) -> str:
+    """Apply (pattern, replacement) pairs to a parameter's name, in their order."""
+    for pattern, replacement in names:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def misfits(

@@ -25,6 +25,7 @@ from typing import Any, BinaryIO, Self
 
 import numpy as np
 
+from pixelgen_fast.atomic import sync
 from pixelgen_fast.data.image_index import ImageIndex
 from pixelgen_fast.data.manifest import CHECKSUMS, Made, Manifest, decoders, seal
 from pixelgen_fast.errors import InputError
@@ -107,7 +108,7 @@ class Progress:
         for name in ("journal.jsonl", "checksums.part"):
             (self.folder / name).unlink(missing_ok=True)
         self.folder.rename(self.out)
-        _sync_file(self.out.parent)
+        sync(self.out.parent)
         return manifest
 
     def _opened(self, name: str) -> BinaryIO:
@@ -193,9 +194,9 @@ class Progress:
             files={name: seal(self.folder / name) for name in small},
         ).write(self.folder)
         for file in self.folder.iterdir():
-            _sync_file(file)
+            sync(file)
         (self.folder / "images.part").rename(self.folder / "images.npy")
-        _sync_file(self.folder)
+        sync(self.folder)
 
     def _remove(self) -> None:
         for file in self.folder.iterdir():
@@ -223,12 +224,3 @@ def _difference(begun: dict[str, Any], asked: dict[str, Any]) -> str:
     """Which entries of two tables of tables differ, in words."""
     pairs = [(f"{part} {key}", begun.get(part, {}).get(key), asked[part][key]) for part in asked for key in asked[part]]
     return ", ".join(f"{name} {before} -> {now}" for name, before, now in pairs if before != now)
-
-
-def _sync_file(path: Path) -> None:
-    """Have the disk hold a file, or the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

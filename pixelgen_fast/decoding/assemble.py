@@ -15,7 +15,7 @@ from pixelgen_fast.decoding.pair import PairEngine
 from pixelgen_fast.decoding.perceptual import Perceptual
 from pixelgen_fast.decoding.schema import ENCODER, DecoderConfig
 from pixelgen_fast.engine import group
-from pixelgen_fast.engine.assemble import Parts, describe_operators, resolve_device
+from pixelgen_fast.engine.assemble import Parts, describe_operators, join_ranks, resolve_device
 from pixelgen_fast.engine.heartbeat import Heartbeat
 from pixelgen_fast.engine.memory import keep_freed_memory
 from pixelgen_fast.engine.metrics import forward_flops
@@ -36,10 +36,7 @@ def assemble(config: DecoderConfig, heart: Heartbeat) -> Parts:
     device, precision = resolve_device(config)
     if device.type == "cpu":
         keep_freed_memory()
-    heart.at("meeting the others")
-    # a stuck rank is named before a collective gives up
-    rank, world, local_rank = group.join(device, heart.store, 1.5 * config.run.stuck_limit)
-    device = torch.device("cuda", local_rank) if device.type == "cuda" else device
+    device, rank, world = join_ranks(config, device, heart, group.join)
     cfg.check_world(config, world)
     folder = RunFolder(Path(config.run.dir))
     heart.at("reading the data set")

@@ -27,6 +27,7 @@ from pixelgen_fast.data.order import Order
 from pixelgen_fast.data.roots import DIGITS, open_root
 from pixelgen_fast.decoding.perceptual import NO_LPIPS, Perceptual
 from pixelgen_fast.decoding.schema import DECODER
+from pixelgen_fast.diffusion.path import to_unit
 from pixelgen_fast.diffusion.solver import to_uint8
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.eval.digits import DigitsReport, evaluate_digits
@@ -134,8 +135,7 @@ def _decode_all(
     for images, labels in _first(loader, count):
         decoded = to_uint8(rae.decode(rae.encode(images)))
         if perceptual is not None:
-            pair = [x.permute(0, 3, 1, 2).float() / 127.5 - 1 for x in (decoded, images)]
-            total += float(perceptual(*pair).sum())
+            total += float(perceptual(to_unit(decoded), to_unit(images)).sum())
         parts.append((images.cpu(), decoded.cpu(), labels.cpu()))
     images, decoded, labels = (torch.cat(column) for column in zip(*parts, strict=True))
     return images, decoded, labels, None if perceptual is None else total / count

@@ -25,6 +25,7 @@ from pixelgen_fast.data import Batch
 from pixelgen_fast.decoding.augment import FOR_DECODER, augment, random_crop
 from pixelgen_fast.decoding.perceptual import Perceptual
 from pixelgen_fast.decoding.schema import DecoderConfig
+from pixelgen_fast.diffusion.path import to_fractions
 from pixelgen_fast.diffusion.time import noise
 from pixelgen_fast.rae.decoder import Decoder
 from pixelgen_fast.rae.discriminator import Discriminator
@@ -69,7 +70,7 @@ class DecoderObjective(nn.Module):
 
     def crop(self, batch: Batch) -> Tensor:
         """Training images of a micro-batch uint8 [B, R, R, 3]: float32 [B, 3, S, S] in [0, 1]."""
-        images = batch.images.permute(0, 3, 1, 2).float() / 255
+        images = to_fractions(batch.images)
         return random_crop(images, self.size, self.seed, batch.numbers)
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from pixelgen_fast.decoding import step
 from pixelgen_fast.decoding.objective import NO_LOSSES
 from pixelgen_fast.decoding.perceptual import NO_LPIPS
 from pixelgen_fast.decoding.schema import DECODER, ENCODER
+from pixelgen_fast.diffusion.path import to_fractions
 from pixelgen_fast.diffusion.solver import to_uint8
 from pixelgen_fast.engine.report import Report
 from pixelgen_fast.eval.grid import save_grid
@@ -65,7 +66,7 @@ class DecoderReport(Report):
     ) -> tuple[Tensor, Tensor]:
         before_pass()
         images, objective = self._first_images(), self.parts.objective
-        z = objective.encode(images.permute(0, 3, 1, 2).float() / 255)
+        z = objective.encode(to_fractions(images))
         decoder = self._averaged(state).to(self.parts.device)
         return torch.stack([images, to_uint8(2 * decoder(z) - 1)]).cpu(), torch.empty(0)
 

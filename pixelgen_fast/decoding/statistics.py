@@ -32,6 +32,7 @@ from pixelgen_fast.data.order import Order
 from pixelgen_fast.data.roots import open_root
 from pixelgen_fast.decoding.schema import LATENTS, DecoderConfig
 from pixelgen_fast.device import choose_device
+from pixelgen_fast.diffusion.path import to_fractions
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.rae.encoder import Encoder, load_encoder
 from pixelgen_fast.rae.files import Statistics, statistics_about, write_statistics
@@ -112,7 +113,7 @@ class Summing:
     @torch.no_grad()
     def add(self, images: Tensor) -> None:
         """Sum the latents of images uint8 [B, S, S, 3]."""
-        x = images.permute(0, 3, 1, 2).float() / 255
+        x = to_fractions(images)
         for view in [x, x.flip(3)] if self.config.data.flip else [x]:
             self.moments.add(self.encoder(view))
 

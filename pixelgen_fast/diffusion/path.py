@@ -48,6 +48,11 @@ def to_unit(images: Tensor) -> Tensor:
     return rearrange(images, "B H W C -> B C H W").float() / 127.5 - 1.0
 
 
+def to_fractions(images: Tensor) -> Tensor:
+    """uint8 [B, S, S, 3] as float32 [B, 3, S, S] in [0, 1], as encoders and tokenizers of others read them."""
+    return rearrange(images, "B H W C -> B C H W").float() / 255
+
+
 def add_noise(x: Tensor, e: Tensor, t: Tensor, noise_scale: float = 1.0) -> Tensor:
     """Noised images z = t x + (1-t) s e.
 

@@ -17,6 +17,7 @@ from pixelgen_fast.config import ConfigError
 from pixelgen_fast.data.digits import load_real
 from pixelgen_fast.data.encoded import decode
 from pixelgen_fast.data.roots import DIGITS, open_root
+from pixelgen_fast.diffusion.path import to_fractions
 from pixelgen_fast.distill.learner import Learner
 from pixelgen_fast.distill.schema import TeacherConfig
 from pixelgen_fast.eval.neighbours import effective_rank, knn_accuracy
@@ -35,7 +36,7 @@ class Judge:
     def __init__(
         self, images: np.ndarray, labels: np.ndarray, kept: np.ndarray, held: np.ndarray, k: int, device: torch.device
     ) -> None:
-        x = torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float() / 255
+        x = to_fractions(torch.from_numpy(images).to(device))
         y = torch.from_numpy(labels).to(device)
         self.kept, self.held, self.kept_labels, self.held_labels, self.k = x[kept], x[held], y[kept], y[held], k
         self.mean = self.kept.mean(dim=(0, 2, 3))[:, None, None]

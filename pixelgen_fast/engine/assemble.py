@@ -5,6 +5,7 @@ device, ranks -> data set -> model -> alignment -> objective -> optimizer -> ZeR
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +83,7 @@ def assemble(config: cfg.Config, heart: Heartbeat) -> Parts:
     device, precision = resolve_device(config)
     if device.type == "cpu":
         keep_freed_memory()
-    device, rank, world = _join(config, device, heart)
+    device, rank, world = join_ranks(config, device, heart, zero.init_distributed)
     accumulation = cfg.check_world(config, world)
     folder = RunFolder(Path(config.run.dir))
     heart.at("reading the data set")
@@ -119,11 +120,13 @@ def assemble(config: cfg.Config, heart: Heartbeat) -> Parts:
     return Parts(config, built, folder, device, precision, rank, world, index, operators, flops, objective, engine)
 
 
-def _join(config: cfg.Config, device: torch.device, heart: Heartbeat) -> tuple[torch.device, int, int]:
-    """Join the ranks of the run: this one's (device, rank, world size)."""
+def join_ranks(
+    config: cfg.Config, device: torch.device, heart: Heartbeat, join: Callable[..., tuple[int, int, int]]
+) -> tuple[torch.device, int, int]:
+    """Join the ranks of the run: this one's (device, rank, world size). join: `group.join`, or what calls it."""
     heart.at("meeting the others")
     # a stuck rank is named before a collective gives up
-    rank, world, local_rank = zero.init_distributed(device, heart.store, 1.5 * config.run.stuck_limit)
+    rank, world, local_rank = join(device, heart.store, 1.5 * config.run.stuck_limit)
     return torch.device("cuda", local_rank) if device.type == "cuda" else device, rank, world
 
 

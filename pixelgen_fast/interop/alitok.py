@@ -18,10 +18,11 @@ from torch import Tensor
 
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.interop.form import PublicForm
-from pixelgen_fast.interop.layout import Shapes, State, add_linear, arguments, depth, rename, require
+from pixelgen_fast.interop.layout import Shapes, State, add_linear, arguments, depth, require
 from pixelgen_fast.layers import swiglu_width
 from pixelgen_fast.models.alitok import Settings
 from pixelgen_fast.models.alitok_tokenizer import read_weights
+from pixelgen_fast.weights import rename
 
 CLASS_TABLE = "embeddings.weight"
 IMAGE_SIZE = 256

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from pixelgen_fast.interop.form import PublicForm
-from pixelgen_fast.interop.layout import Shapes, State, add_linear, arguments, depth, rename, require
+from pixelgen_fast.interop.layout import Shapes, State, add_linear, arguments, depth, require
 from pixelgen_fast.layers import swiglu_width
 from pixelgen_fast.models.deco import FREQUENCIES, Settings
+from pixelgen_fast.weights import rename
 
 PREFIXES = {"ema": "ema_denoiser.", "raw": "denoiser."}
 IGNORED = ("diffusion_trainer.",)  # the projector of the alignment loss

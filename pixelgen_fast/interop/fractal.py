@@ -23,13 +23,13 @@ from pixelgen_fast.interop.layout import (
     add_vit_block,
     arguments,
     depth,
-    rename,
     require,
 )
 from pixelgen_fast.layers import swiglu_width
 from pixelgen_fast.models.fractal import Level, Settings
 from pixelgen_fast.models.fractal_levels import GUIDE_DEPTH, GUIDE_WIDTH, NEIGHBOURS
 from pixelgen_fast.models.fractal_pixel import VALUES
+from pixelgen_fast.weights import rename
 
 PREFIXES = {"raw": ""}
 INSIDE = "next_fractal."

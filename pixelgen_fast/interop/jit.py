@@ -13,9 +13,10 @@ from torch import Tensor
 
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.interop.form import PublicForm
-from pixelgen_fast.interop.layout import Shapes, State, add_linear, arguments, depth, rename, require
+from pixelgen_fast.interop.layout import Shapes, State, add_linear, arguments, depth, require
 from pixelgen_fast.layers import sincos_2d, swiglu_width
 from pixelgen_fast.models.jit import Settings
+from pixelgen_fast.weights import rename
 
 PREFIXES = {"ema": "net.", "ema2": "net.", "raw": "net."}
 _ENTRIES = {"ema": "model_ema1", "ema2": "model_ema2", "raw": "model"}

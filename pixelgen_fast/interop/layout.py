@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -108,13 +107,6 @@ def add_vit_block(shapes: Shapes, name: str, dim: int) -> None:
     add_norm(shapes, f"{name}.norm2", dim)
     add_linear(shapes, f"{name}.mlp.fc1", 4 * dim, dim)
     add_linear(shapes, f"{name}.mlp.fc2", dim, 4 * dim)
-
-
-def rename(name: str, names: Iterable[tuple[str, str]]) -> str:
-    """Apply (pattern, replacement) pairs to a parameter's name, in their order."""
-    for pattern, replacement in names:
-        name = re.sub(pattern, replacement, name)
-    return name
 
 
 def depth(state: Iterable[str], prefix: str) -> int:

@@ -23,10 +23,10 @@ from pixelgen_fast.interop.layout import (
     add_vit_block,
     arguments,
     depth,
-    rename,
     require,
 )
 from pixelgen_fast.models.mar import PIXELS, Settings, decoder_of
+from pixelgen_fast.weights import rename
 
 PREFIXES = {"ema": "", "raw": ""}
 _ENTRIES = {"ema": "model_ema", "raw": "model"}

@@ -22,6 +22,7 @@ from pixelgen_kernels import philox
 from torch import Tensor, nn
 
 from pixelgen_fast.config import Config, Objective, Sampling
+from pixelgen_fast.diffusion.path import to_fractions
 from pixelgen_fast.models import system
 from pixelgen_fast.models.alitok_tokenizer import TokenizerSize, load_tokenizer, save_tokenizer
 from pixelgen_fast.models.alitok_transformer import TokenTransformer
@@ -100,7 +101,7 @@ class AliTok(SequentialSystem):
     def forward(self, images: Tensor, y: Tensor, numbers: Tensor, seed: int, objective: Objective) -> dict[str, Tensor]:
         self.check_images(images)
         with torch.no_grad():
-            ids = self._tokenizer[0].encode(images.permute(0, 3, 1, 2).float() / 255)
+            ids = self._tokenizer[0].encode(to_fractions(images))
         logits = self.transformer(ids[:, :-1], y)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return {"loss": F.cross_entropy(logits.mT, ids, reduction="none").mean(dim=1)}

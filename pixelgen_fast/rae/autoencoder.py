@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pixelgen_fast.diffusion.path import widen
+from pixelgen_fast.diffusion.path import to_fractions, widen
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.layers import Float32Tables
 from pixelgen_fast.rae.decoder import Decoder
@@ -61,7 +61,7 @@ class Autoencoder(Float32Tables):
         """Latents of images uint8 [B, S, S, 3], of mean 0 and variance 1: float32 [B, C, n, n]."""
         if self.encoder is None:
             raise InputError("this autoencoder has no encoder: name one to train or to encode images")
-        return self.standardise(self.encoder(images.permute(0, 3, 1, 2).float() / 255))
+        return self.standardise(self.encoder(to_fractions(images)))
 
     def decode(self, x: Tensor) -> Tensor:
         """Images of latents [B, C, n, n]: float32 [B, 3, S, S], about [-1, 1], not clipped. Differentiable."""

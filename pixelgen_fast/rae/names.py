@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from pixelgen_fast.dino import names as dino_names
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.rae.decoder import DecoderSettings, position_table
+from pixelgen_fast.weights import rename
 
 State = Mapping[str, Tensor]
 TABLE = "decoder_pos_embed"
@@ -128,7 +129,7 @@ def published_decoder(state: State, origin: str) -> tuple[DecoderSettings, int, 
 
 def heads_to_native(state: State) -> dict[str, Tensor]:
     """The discriminator's heads under our names: weights, and the vectors u and v of their spectral norms."""
-    return {_substituted(name, _HEAD): value for name, value in state.items()}
+    return {rename(name, _HEAD): value for name, value in state.items()}
 
 
 def encoder_to_timm(state: State, network: nn.Module, origin: str) -> dict[str, Tensor]:
@@ -142,7 +143,7 @@ def encoder_to_timm(state: State, network: nn.Module, origin: str) -> dict[str, 
         patterns = _SIGLIP
     else:
         return dino_names.to_timm({n: v for n, v in state.items() if not _UNUSED.match(n)}, network, origin)
-    renamed = {_substituted(name, patterns): value for name, value in state.items() if not _UNUSED.match(name)}
+    renamed = {rename(name, patterns): value for name, value in state.items() if not _UNUSED.match(name)}
     if renamed["pos_embed"].ndim == 2:
         renamed["pos_embed"] = renamed["pos_embed"][None]
     return _packed(renamed, ".attn.", ".attn.qkv", ("q", "k", "v"))
@@ -161,10 +162,4 @@ def _packed(state: State, inside: str, packed: str, parts: tuple[str, ...]) -> d
 def _replaced(name: str, names: list[tuple[str, str]]) -> str:
     for old, new in names:
         name = name.replace(old, new)
-    return name
-
-
-def _substituted(name: str, patterns: list[tuple[str, str]]) -> str:
-    for pattern, replacement in patterns:
-        name = re.sub(pattern, replacement, name)
     return name

@@ -31,8 +31,9 @@ from typing import Any, Protocol
 import torch.distributed as dist
 from torch import Tensor
 
+from pixelgen_fast.atomic import sync
 from pixelgen_fast.runs.folder import CHECKPOINTS
-from pixelgen_fast.runs.manifest import FORMAT, MANIFEST, Files, damage, seal, sync, write_manifest
+from pixelgen_fast.runs.manifest import FORMAT, MANIFEST, Files, damage, seal, write_manifest
 from pixelgen_fast.runs.plain import check_types, read_object
 from pixelgen_fast.runs.ranks import Ranks, everyone
 from pixelgen_fast.runs.shards import BUFFER, CheckpointError, open_shards, read_weights, shape_of, write_shards

@@ -9,11 +9,11 @@ it claims to be. CRC-32 (zlib, some 3 GB/s a core) finds truncation and flipped 
 from __future__ import annotations
 
 import json
-import os
 import zlib
 from pathlib import Path
 from typing import Any
 
+from pixelgen_fast.atomic import sync
 from pixelgen_fast.runs.plain import check_types, read_object
 
 FORMAT = 1
@@ -78,15 +78,6 @@ def _damage(file: Path, entry: dict[str, int]) -> str:
 def _text(files: Any) -> str:
     covered = {"format": FORMAT, "files": files}
     return json.dumps(covered | {"crc32": zlib.crc32(json.dumps(covered).encode())}, indent=1)
-
-
-def sync(path: Path) -> None:
-    """Bring a file or folder to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def checksum(file: Path) -> int:
