@@ -9,6 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from pixelgen_kernels import build
 from pixelgen_kernels.adamw_ema import adamw_ema_foreach, total_norm
 from pixelgen_kernels.bodies import forced
 from pixelgen_kernels.shapes import RAGGED
@@ -111,3 +112,13 @@ def test_every_body_is_among_them():
         if name.split("::")[0] in NAMESPACES and torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
     }
     assert called == registered
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 50])
+def test_every_file_is_compiled_once_in_units_of_about_one_size(count):
+    groups = build.units(count)
+    files = sorted(build.sources().glob("*.cpp"))
+    assert sorted(file for group in groups for file in group) == files
+    assert len(groups) == min(count, len(files))
+    sizes = [sum(file.stat().st_size for file in group) for group in groups]
+    assert max(sizes) - min(sizes) <= max(file.stat().st_size for file in files)
