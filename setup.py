@@ -40,6 +40,7 @@ EXTRAS = {
         "ruff",
         "import-linter>=2",
         "scipy",
+        "playwright",  # drives the chromium that is there; without one its tests are left out
         "timm>=1.0.20",
         "peft>=0.17",
         "lpips>=0.1.4",
@@ -85,7 +86,7 @@ setup(
     packages=[*find_packages(include=["pixelgen_fast*"]), *find_packages("kernels"), "pixelgen_kernels.csrc"],
     package_dir={"pixelgen_kernels": "kernels/pixelgen_kernels", "pixelgen_kernels.csrc": "csrc"},
     package_data={
-        "pixelgen_fast": ["py.typed"],
+        "pixelgen_fast": ["py.typed", "pages/files/*"],
         "pixelgen_kernels": ["py.typed", "tuned/*.json"],
         "pixelgen_kernels.csrc": ["*.cpp", "*.h"],
     },

@@ -1,4 +1,4 @@
-"""The command line: pixelgen train | sample | evaluate | export | import | teacher | compare | data | kernels.
+"""The command line: pixelgen train | sample | evaluate | report | export | import | compare | data | kernels | ...
 
 An error is one line that says what to do; `--debug` shows where it came from.
 """
@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable
 from typing import get_args
 
-from pixelgen_fast import commands, errors, exchange, launcher, processes
+from pixelgen_fast import commands, errors, exchange, launcher, processes, watching
 from pixelgen_fast.output import losable_output
 from pixelgen_fast.settings import Solver
 from pixelgen_fast.signals import REQUEUE, StopAtOnce, Stopped
@@ -179,6 +179,18 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("config", help="YAML file, for example configs/compare_digits.yaml")
     compare.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     compare.add_argument("--quick", action="store_true", help="the file's short version, to see every part run")
+
+    report = command("report", watching.report, "Write a page of a run: settings, curves, grids, time, evaluation.")
+    report.add_argument("run", help="run folder, at any time of its training")
+    report.add_argument("--out", help="HTML file to write (default: RUN/report.html)")
+
+    demo = command("demo", watching.demo, "Serve a page that draws with a run or an exported model, or with two.")
+    demo.add_argument("runs", nargs="+", metavar="RUN", help="run folders, checkpoints, or exported folders")
+    demo.add_argument(
+        "--host", default="127.0.0.1", help="address to listen at (default: 127.0.0.1, this machine only)"
+    )
+    demo.add_argument("--port", type=int, default=8008, help="port to listen at; 0: one that is free (default: 8008)")
+    demo.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
 
     _add_data_commands(verbs.add_parser("data", help="Index, check, pack or time a data set."), command)
 

@@ -319,16 +319,9 @@ def kernels_warmup(args: argparse.Namespace) -> int:
 
 
 def _device(args: argparse.Namespace) -> str:
-    """Where to draw: of several GPUs, the one of this rank. Raises ValueError where the operators cannot run there."""
-    from pixelgen_kernels.bodies import choose_body
+    from pixelgen_fast.device import drawing_device
 
-    from pixelgen_fast.device import choose_device
-
-    device = choose_device(args.device or "auto")
-    choose_body(device.type)
-    if device.type == "cuda" and device.index is None and "LOCAL_RANK" in os.environ:
-        return f"cuda:{os.environ['LOCAL_RANK']}"
-    return str(device)
+    return drawing_device(args.device)
 
 
 def _sampling(args: argparse.Namespace) -> dict:

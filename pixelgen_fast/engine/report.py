@@ -23,6 +23,8 @@ from pixelgen_fast.engine.metrics import Metrics, device_peak, memory_used
 from pixelgen_fast.engine.schedule import learning_rate
 from pixelgen_fast.eval.curves import read_metrics, save_curves
 from pixelgen_fast.eval.grid import save_grid
+from pixelgen_fast.pages.run import write_report
+from pixelgen_fast.pages.settings import defaults_of
 from pixelgen_fast.runs.checkpoint import ema_key
 from pixelgen_fast.runs.draw import Generator, load_weights, strip_prefix
 
@@ -39,7 +41,7 @@ class Report:
     """
 
     def __init__(self, parts: Parts, nimg: int, returns: int = 0, before: Report | None = None) -> None:
-        self.parts, self.returns = parts, returns
+        self.parts, self.returns, self.begun_at = parts, returns, nimg
         if before is not None:
             self.peak = before.peak
         else:
@@ -80,8 +82,10 @@ class Report:
                 "model_flops_share": rate * p.image_flops / (self.peak * p.world) if p.rank == 0 else 0.0,
                 "memory_bytes": memory_used(p.device),
                 "loader_wait_share": interval.waited(loader) / seconds,
+                **interval.pauses,
                 "skipped_steps": int(p.engine.skipped),
                 "replaced_images": len(loader.replaced),
+                "begun_at": self.begun_at,
                 **({"returns": self.returns} if p.config.train.returns else {}),
             }
         )
@@ -166,7 +170,7 @@ class Report:
         save_grid(images.numpy(), path, columns=columns, row_titles=names)
 
     def finish(self, nimg: int, seconds: float, requested: Callable[[], bool]) -> bool:
-        """The last grid, the curve, and where everything is. Returns False where a signal ended the drawing."""
+        """The last grid, curve and page, and where everything is. Returns False where a signal ended the drawing."""
         folder = self.parts.folder
         if not self.grid(folder.final, nimg, requested):
             return False
@@ -174,10 +178,11 @@ class Report:
         if self.parts.rank:
             return True
         self._keep(folder.loss, lambda: save_curves(read_metrics(folder.metrics), folder.loss, title=folder.root.name))
+        self._keep(folder.report, lambda: write_report(folder, defaults_of(self.parts.config)))
         self._try_again()
         print(
-            f"done: {nimg:,} images in {seconds:.0f} s; samples {folder.final}, loss {folder.loss}, "
-            f"weights {folder.checkpoints}. Next: pixelgen evaluate {folder.root}"
+            f"done: {nimg:,} images in {seconds:.0f} s; samples {folder.final}, loss {folder.loss}, page "
+            f"{folder.report}, weights {folder.checkpoints}. Next: pixelgen evaluate {folder.root}"
         )
         return True
 
@@ -225,19 +230,26 @@ class Report:
 
 
 class Interval:
-    """Where the present interval of the log began; saving and drawing do not count as training time."""
+    """Where the present interval of the log began; saving and drawing do not count as training time.
+
+    pauses: the seconds of each since then.
+    """
 
     def __init__(self, nimg: int, loader: Loader) -> None:
         self.nimg, self.start, self.wait = nimg, time.perf_counter(), loader.wait_seconds
+        self.pauses = {"saving_seconds": 0.0, "drawing_seconds": 0.0}
 
     def elapsed(self) -> float:
         return time.perf_counter() - self.start
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self, what: str) -> Iterator[None]:
+        """what: a name among the pauses."""
         begin = time.perf_counter()
         yield
-        self.start += time.perf_counter() - begin
+        spent = time.perf_counter() - begin
+        self.start += spent
+        self.pauses[what] += spent
 
     def waited(self, loader: Loader) -> float:
         return loader.wait_seconds - self.wait

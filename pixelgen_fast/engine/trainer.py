@@ -165,12 +165,12 @@ class Trainer:
                     interval = Interval(self.nimg, self.loader)
                 self.due = self.due or again or crossed(self.nimg, batch, c.save.every_images)
                 if stop or (self.due and self.nimg < total):
-                    with interval.paused():
+                    with interval.paused("saving_seconds"):
                         self._save(last=stop)
                 if stop:
                     return self._stopped()
                 if self._grid_is_due():
-                    with interval.paused():
+                    with interval.paused("drawing_seconds"):
                         drawn = self._grid()
                     if not drawn:
                         return self._stopped()

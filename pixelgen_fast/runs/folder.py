@@ -3,7 +3,7 @@
 <run>/config.yaml          the resolved configuration            classes.json      names of the classes
       metrics.jsonl        a row an interval, its clock `nimg`   tensorboard/      the same
       samples/             a grid of images now and then         checkpoints/      see checkpoint.py
-      final.png, loss.png  at the end                            dino/, ...        see kept.py
+      final.png, loss.png, report.html  at the end               dino/, ...        see kept.py
       owner.json           locked by the run that writes here, see owner.py
       wandb_id.txt         its id at Weights & Biases, where it is logged there
       evaluation.json      of `pixelgen evaluate`                generated/        of `pixelgen sample`
@@ -66,6 +66,10 @@ class RunFolder:
     @property
     def loss(self) -> Path:
         return self.root / "loss.png"
+
+    @property
+    def report(self) -> Path:
+        return self.root / "report.html"
 
     @property
     def evaluation(self) -> Path:

@@ -126,3 +126,15 @@ def test_a_rank_that_is_stopped_ends_the_run_with_its_name(tmp_path: Path) -> No
             process.kill()
     assert ranks[0].returncode == LOST, said
     assert f"process {ranks[1].pid}) has given no sign of life for" in said and "last in step" in said
+
+
+def test_a_page_that_cannot_be_written_costs_a_run_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise KeyError("a bug of the page")
+
+    monkeypatch.setattr(report, "write_report", fails)
+    assert main(train(tmp_path, 16, *GRIDS)) == 0
+    said = capfd.readouterr().out
+    assert "report.html is missing, the run goes on" in said and "done: 16 images" in said
