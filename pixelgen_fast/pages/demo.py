@@ -52,12 +52,12 @@ class Demo:
         self.choices: list[Choice] = []
         self.about: list[dict[str, Any]] = []
         for number, path in enumerate(map(Path, paths)):
-            found = draw.load(path, None, device)
+            newest, found = _newest(path), draw.load(path, None, device)
             kinds = [found.weights]
             if not (path / ABOUT).is_file():
                 kinds += [k for k in (*map(ema_key, found.config.optimizer.ema), "raw") if k != found.weights]
             self.choices += [Choice(path, kind) for kind in kinds]
-            self._keep(self.choices[-len(kinds)], found)
+            self._keep(self.choices[-len(kinds)], newest, found)
             self.about += [_about(found, path, kind, number) for kind in kinds]
 
     def sheet(self, asked: Mapping[str, str], before_pass: Callable[[], object] = lambda: None) -> tuple[bytes, int]:
@@ -82,18 +82,21 @@ class Demo:
         newest = _newest(choice.path)
         if choice not in self.loaded or self.loaded[choice][0] != newest:
             self.loaded.pop(choice, None)
-            self._keep(choice, draw.load(choice.path, choice.weights, self.device))
+            self._keep(choice, newest, draw.load(choice.path, choice.weights, self.device))
         self.loaded.move_to_end(choice)
         return self.loaded[choice][1]
 
-    def _keep(self, choice: Choice, generator: draw.Generator) -> None:
+    def _keep(self, choice: Choice, newest: str, generator: draw.Generator) -> None:
         while len(self.loaded) >= KEPT:
             self.loaded.popitem(last=False)
-        self.loaded[choice] = (_newest(choice.path), generator)
+        self.loaded[choice] = (newest, generator)
 
 
 def settings_of(asked: Mapping[str, str]) -> dict[str, Any]:
-    """The settings of `Sampling` among texts; an empty one is left out, and a pair has a comma. Raises InputError."""
+    """The settings of `Sampling` among texts; an empty one is left out, a pair has a comma or is "none".
+
+    Raises InputError.
+    """
     changes: dict[str, Any] = {}
     for name in (name for name in OFFERED if asked.get(name, "") != ""):
         text = asked[name]
@@ -102,8 +105,8 @@ def settings_of(asked: Mapping[str, str]) -> dict[str, Any]:
                 raise InputError(f"solver is {text!r}; there are {', '.join(get_args(Solver))}")
             changes[name] = text
         elif name == "interval":
-            pair = tuple(_number(name, part) for part in text.split(","))
-            if len(pair) != 2:
+            pair = None if text == "none" else tuple(_number(name, part) for part in text.split(","))
+            if pair is not None and len(pair) != 2:
                 raise InputError(f"interval is {text!r}; give two times, or none")
             changes[name] = pair
         else:

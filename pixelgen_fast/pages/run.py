@@ -112,7 +112,8 @@ def _time_bar(rows: Sequence[Row]) -> str:
         f'<span><i class="part{k}"></i>{html.escape(name)} {seconds / whole:.1%}, {spoken_seconds(seconds)}</span>'
         for k, (name, seconds) in enumerate(spent.items())
     )
-    return f'<div class="bar">{bar}</div><div class="legend">{legend}</div>'
+    after = "Of all logged intervals: the last checkpoint and grid of a run come after its last row."
+    return f'<div class="bar" title="{after}">{bar}</div><div class="legend">{legend}</div>'
 
 
 def _events(found: Sequence[tuple[int, str]]) -> str:

@@ -106,6 +106,7 @@ def test_another_address_and_the_page_itself(server: Server) -> None:
 
 def test_settings_are_read_as_numbers_choices_and_pairs() -> None:
     asked = {"seed": "-3", "guidance": "1.5", "interval": "0.1,0.9", "solver": "heun", "steps": "", "other": "x"}
+    assert settings_of({"interval": "none"}) == {"interval": None}
     assert settings_of(asked) == {"seed": -3, "guidance": 1.5, "interval": (0.1, 0.9), "solver": "heun"}
 
 
@@ -181,6 +182,10 @@ def test_two_models_side_by_side(server: Server, width: int) -> None:
         )
         tiles = sheet.reshape(4, 16, 4, 16, 3).transpose(0, 2, 1, 3, 4).reshape(16, 16, 16, 3)
         assert np.array_equal(np.array(shown).reshape(16, 16, 16, 4)[..., :3], tiles)
+        page.locator(".images canvas").nth(5).click()
+        assert page.locator("#large figure").count() == 2
+        page.locator("#large canvas").first.click()
+        assert page.locator("#dialog").is_hidden()
 
 
 @pytest.mark.browser

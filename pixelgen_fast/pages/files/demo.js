@@ -44,7 +44,7 @@ function asked(settings) {
   const out = new URLSearchParams();
   for (const name of Object.keys(settings)) {
     const low = by(name).value, high = name === "interval" ? by("interval_high").value : "";
-    out.set(name, name === "interval" && (low || high) ? `${low},${high}` : low);
+    if (name === "interval") out.set(name, low || high ? `${low},${high}` : "none"); else out.set(name, low);
   }
   return out;
 }
@@ -90,14 +90,16 @@ class Side {
 
   async show(png, classes, per, about) {
     const sheet = await createImageBitmap(png), size = about.size;
-    const named = classes.some((k) => about.classes[k].length > 4) ? "minmax(56px, 110px)" : "auto";
-    this.images.style.gridTemplateColumns = `${named} repeat(${per}, minmax(0, ${Math.max(size, 96)}px))`;
+    const titled = classes.some((k) => about.classes[k].length > 4);
+    this.images.classList.toggle("titled", titled);
+    this.images.style.gridTemplateColumns = `${titled ? "" : "auto "}repeat(${per}, minmax(0, ${Math.max(size, 96)}px))`;
     this.images.replaceChildren();
     classes.forEach((k, row) => {
       this.images.append(element("span", { textContent: about.classes[k] }));
       for (let column = 0; column < per; column++) {
         const canvas = element("canvas", { width: size, height: size, className: size < 96 ? "small" : "" });
         canvas.getContext("2d").drawImage(sheet, column * size, row * size, size, size, 0, 0, size, size);
+        canvas.onclick = () => enlarge(row * per + column);
         this.images.append(canvas);
       }
     });
@@ -106,6 +108,21 @@ class Side {
       hidden: false });
   }
 }
+
+// The image of this number on every side that shows one.
+function enlarge(number) {
+  by("large").replaceChildren();
+  for (const side of sides) {
+    const small = side.root.hidden ? null : side.images.querySelectorAll("canvas")[number];
+    if (!small) continue;
+    const copy = element("canvas", { width: small.width, height: small.height, className: small.className });
+    copy.getContext("2d").drawImage(small, 0, 0);
+    const name = side.choice.selectedOptions[0].textContent;
+    by("large").append(element("figure", {}, copy, element("figcaption", { textContent: name })));
+  }
+  by("dialog").showModal();
+}
+by("dialog").onclick = () => by("dialog").close();
 
 // Classes are those of the model with the most of them.
 const names = choices.map((c) => c.classes).reduce((a, b) => (b.length > a.length ? b : a));
