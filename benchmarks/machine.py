@@ -54,19 +54,6 @@ def spread(values: Iterable[float]) -> tuple[float, float, float]:
     return fifths[0], statistics.median(values), fifths[3]
 
 
-class MatrixPeak:
-    """The best fp32 matrix product of size^3 on this machine so far; measured again between the things it judges."""
-
-    def __init__(self, size: int = 2048) -> None:
-        self.a, self.b, self.size, self.best = torch.randn(size, size), torch.randn(size, size), size, float("inf")
-
-    def measure(self, repeats: int = 1) -> float:
-        """FLOP/s of the best product, after `repeats` more."""
-        for _ in range(repeats):
-            self.best = min(self.best, seconds(lambda: self.a @ self.b))
-        return 2 * self.size**3 / self.best
-
-
 def _commit() -> str:
     if name := os.environ.get(COMMIT):
         return name

@@ -25,7 +25,7 @@ from typing import Any
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-from machine import RESULTS, MatrixPeak, append, machine, seconds, spread
+from machine import RESULTS, append, machine, seconds, spread
 from peers import Peer
 from pixelgen_kernels.bodies import forced
 from torch.profiler import ProfilerActivity, profile
@@ -34,6 +34,7 @@ from training import Training
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast.engine import zero
+from pixelgen_fast.engine.ceilings import MatrixPeak
 from pixelgen_fast.engine.memory import keep_freed_memory
 from pixelgen_fast.models import pixeldit
 

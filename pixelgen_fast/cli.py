@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    overridable = (commands.train, commands.compare, exchange.import_published, commands.data_bench)
+    overridable = (commands.train, commands.compare, exchange.import_published, commands.data_bench, watching.profile)
     if args.command in overridable and not any(text.startswith("-") for text in rest):
         # argparse takes overrides only up to the first option: `train CONFIG --dry-run key=value` leaves them over.
         args.overrides += rest
@@ -184,6 +184,16 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("run", help="run folder, at any time of its training")
     report.add_argument("--out", help="HTML file to write (default: RUN/report.html)")
 
+    profile = command(
+        "profile", watching.profile, "Profile the training step of a configuration, by part of the model."
+    )
+    profile.add_argument("config", help="YAML file, for example configs/digits.yaml")
+    profile.add_argument(
+        "overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file"
+    )
+    profile.add_argument("--steps", type=int, default=3, help="steps under the profiler (default: 3)")
+    profile.add_argument("--synthetic", action="store_true", help="random pixels instead of the run's data")
+    profile.add_argument("--out", help="folder to write (default: profiles/NAME of the configuration)")
     demo = command("demo", watching.demo, "Serve a page that draws with a run or an exported model, or with two.")
     demo.add_argument("runs", nargs="+", metavar="RUN", help="run folders, checkpoints, or exported folders")
     demo.add_argument(

@@ -1,4 +1,5 @@
-"""The commands that show a run: `pixelgen report`, a page of how it went; `pixelgen demo`, a page to draw with it.
+"""The commands that look at a run: `pixelgen report`, a page of how it went; `pixelgen demo`, a page to draw with it;
+`pixelgen profile`, where the time and memory of its step go.
 
 Like those of commands.py, each returns its exit code, and imports what is heavy by itself.
 """
@@ -24,6 +25,16 @@ def report(args: argparse.Namespace) -> int:
     if out is not None and out.is_dir():
         raise errors.InputError(f"{out} is a folder; --out names an HTML file")
     print(write_report(folder, _defaults(folder), out))
+    return 0
+
+
+def profile(args: argparse.Namespace) -> int:
+    from pixelgen_fast import models
+    from pixelgen_fast.profiling.run import run
+
+    config = cfg.load(args.config, args.overrides, models.model_schema)
+    out = Path(args.out).expanduser() if args.out else Path("profiles") / Path(args.config).stem
+    print("\n".join(run(config, out, args.steps, args.synthetic)))
     return 0
 
 

@@ -75,8 +75,10 @@ class Parts:
         return Order(self.config.run.seed, t.global_batch, t.micro_batch, self.rank, self.world, start)
 
 
-def assemble(config: cfg.Config, heart: Heartbeat) -> Parts:
+def assemble(config: cfg.Config, heart: Heartbeat, index: ImageIndex | None = None) -> Parts:
     """Join the processes of a run and build its parts. heart: of this rank.
+
+    index: of the images, where it is not that of data.root.
 
     Raises UserError for settings and data that do not fit, FileNotFoundError for a missing root.
     """
@@ -87,7 +89,7 @@ def assemble(config: cfg.Config, heart: Heartbeat) -> Parts:
     accumulation = cfg.check_world(config, world)
     folder = RunFolder(Path(config.run.dir))
     heart.at("reading the data set")
-    index = open_root(config.data.root, expected_classes=config.data.num_classes)
+    index = open_root(config.data.root, expected_classes=config.data.num_classes) if index is None else index
     shares = describe_shares(index) if config.data.class_balanced else None
 
     heart.at("building the model")

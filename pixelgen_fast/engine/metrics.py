@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast.atomic import replaced
+from pixelgen_fast.engine.ceilings import MatrixPeak
 from pixelgen_fast.engine.rows import RowFile
 from pixelgen_fast.models.system import BaseSystem
 from pixelgen_fast.runs.folder import RunFolder
@@ -46,22 +47,12 @@ def forward_flops(model: BaseSystem) -> int:
 def device_peak(device: torch.device) -> tuple[float, str]:
     """(FLOP/s, what it is) of the device; nan for a GPU that is not in the table."""
     if device.type == "cpu":
-        return _measure_matmul(), f"fp32 matrix products on {torch.get_num_threads()} threads, measured"
+        return MatrixPeak(1024).measure(6), f"fp32 matrix products on {torch.get_num_threads()} threads, measured"
     name = torch.cuda.get_device_name(device)
     for key, peak in GPU_PEAK.items():
         if key in name:
             return peak, f"dense bf16 of {name}, data sheet"
     return float("nan"), f"unknown for {name}"
-
-
-def _measure_matmul(size: int = 1024, repeats: int = 6) -> float:
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        a @ b
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
 
 
 def memory_used(device: torch.device) -> int:
