@@ -10,7 +10,7 @@ each, which compiles where something is compiled; torch.compile's caches are off
 share = model FLOPs of a step (2 per multiply-add of the matrix products, backward counted as twice forward) / time /
 the best 2048^3 fp32 product, measured between the steps. saved: bytes per image kept from forward to backward.
 The split is of extra steps under PyTorch's profiler, scaled to the median step; what no operator ran is "host":
-Python, autograd and DeepSpeed.
+Python, autograd and DeepSpeed; of the compiled peer, whose kernels the profiler does not name, those too.
 """
 
 from __future__ import annotations
