@@ -8,7 +8,7 @@
       wandb_id.txt         its id at Weights & Biases, where it is logged there
       evaluation.json      of `pixelgen evaluate`                generated/        of `pixelgen sample`
 
-<export>/model.safetensors, config.json, dino/ or another thing that a model is built on
+<export>/model.safetensors or several (weight_files.py), config.json, dino/ or another thing that a model is built on
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ MODEL = "model"
 MODEL_PREFIX = f"{MODEL}."
 CHECKPOINTS = "checkpoints"
 WEIGHTS, ABOUT = "model.safetensors", "config.json"  # of an export
-METRICS, EVALUATION, FINAL = "metrics.jsonl", "evaluation.json", "final.png"
+PUBLISHED = "published"  # what a checkpoint and an export call the published weights that theirs began from
+METRICS, EVALUATION, FINAL, LOSS = "metrics.jsonl", "evaluation.json", "final.png", "loss.png"
 
 
 def names_a_folder(name: object) -> bool:
@@ -65,7 +66,7 @@ class RunFolder:
 
     @property
     def loss(self) -> Path:
-        return self.root / "loss.png"
+        return self.root / LOSS
 
     @property
     def report(self) -> Path:
