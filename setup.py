@@ -27,6 +27,7 @@ EXTRAS = {
     "eval": ["torch-fidelity>=0.4"],
     "log": ["tensorboard", "wandb"],
     "parquet": ["pyarrow"],
+    "hub": ["huggingface_hub>=1.0"],
     "teacher": ["timm>=1.0.20", "torchvision", "peft>=0.17"],
     "decoder": ["timm>=1.0.20", "torchvision", "lpips>=0.1.4"],
     "dev": [
@@ -44,6 +45,8 @@ EXTRAS = {
         "timm>=1.0.20",
         "peft>=0.17",
         "lpips>=0.1.4",
+        "huggingface_hub>=1.0",
+        "diffusers>=0.35",
     ],
 }
 

@@ -1,4 +1,4 @@
-"""The command line: pixelgen train | sample | evaluate | report | export | import | compare | data | kernels | ...
+"""The command line: pixelgen train | sample | evaluate | report | export | push | import | data | kernels | ...
 
 An error is one line that says what to do; `--debug` shows where it came from.
 """
@@ -135,10 +135,23 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
     export.add_argument(
         "--format",
-        choices=("folder", "public"),
+        choices=("folder", "public", "diffusers"),
         default="folder",
-        help="public: one file, OUT, as the code of ditdh, raev2, mar, fractal or alitok reads it",
+        help="public: one file, OUT, as the code of ditdh, raev2, mar, fractal or alitok reads it; diffusers: a folder "
+        "that it opens without pixelgen_fast, of pixeldit or jit",
     )
+    _add_shard_size(export)
+
+    push = command("push", exchange.push, "Put a run's or an export's weights on the Hugging Face Hub, with a card.")
+    push.add_argument("run", help="run folder, checkpoint, or exported folder")
+    push.add_argument("repo", help="OWNER/NAME there; made where there is none")
+    push.add_argument("--weights", help="ema (default), raw, or one of several averages such as ema_0.9999")
+    push.add_argument("--dtype", choices=("fp32", "bf16"), help="default: as the weights are")
+    push.add_argument("--format", choices=("folder", "diffusers"), default="folder", help="as of export")
+    push.add_argument("--license", help="of your weights, as the hub calls it: apache-2.0, cc-by-nc-4.0, ...")
+    push.add_argument("--private", action="store_true", help="a repository that is made is private")
+    push.add_argument("--out", help="folder to write what would be pushed to, and push nothing")
+    _add_shard_size(push)
 
     imported = command(
         "import", exchange.import_published, "Convert a published checkpoint to the form that export writes."
@@ -279,8 +292,12 @@ def _add_data_commands(data: argparse.ArgumentParser, command: Callable[..., arg
         parser.add_argument("--workers", type=int, help="processes (default: one for each core; 0: none beside this)")
 
 
+def _add_shard_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--shard-size", default="5GB", help="of a file of weights; more go into several (default: 5GB)")
+
+
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", help="run folder, checkpoint, or exported folder")
+    parser.add_argument("run", help="run folder, checkpoint, or exported folder; hub:OWNER/NAME on the hub")
     parser.add_argument("--weights", help="ema (default), raw, or one of several averages such as ema_0.9999")
     parser.add_argument("--steps", type=int, help="solver steps")
     parser.add_argument("--solver", choices=get_args(Solver))

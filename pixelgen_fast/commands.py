@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pixelgen_fast import config as cfg
-from pixelgen_fast import errors
+from pixelgen_fast import errors, hub
 from pixelgen_fast.atomic import replaced
 from pixelgen_fast.runs.folder import RunFolder
 
@@ -87,7 +87,7 @@ def _sample(args: argparse.Namespace, team: Team) -> None:
     from pixelgen_fast.runs.drawn import DrawnFolder
 
     changes = _sampling(args)
-    out = DrawnFolder(Path(args.out).expanduser() if args.out else RunFolder(Path(args.run)).generated)
+    out = DrawnFolder(Path(args.out).expanduser() if args.out else RunFolder(_own_folder(args)).generated)
     team.first(lambda: out.check(args.overwrite))
     loaded = draw.load(args.run, args.weights, _device(args))
     chosen = _class_numbers(args.classes, loaded.classes)
@@ -103,6 +103,8 @@ def _sample(args: argparse.Namespace, team: Team) -> None:
 def evaluate(args: argparse.Namespace) -> int:
     if args.samples is not None and args.samples < 2:
         raise errors.InputError(f"--samples is {args.samples}; it must be at least 2")
+    if not args.out:
+        _own_folder(args)
     from pixelgen_fast.decoding.judge import decoder_folder
 
     if (folder := decoder_folder(args.run)) is not None:
@@ -165,7 +167,7 @@ def _write_report(args: argparse.Namespace, settings: dict[str, Any], report: An
     """Print what `evaluate` found, and write it as JSON, with more that is not printed."""
     print(f"{args.run}: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
     print("\n".join(report.lines()))
-    out = Path(args.out).expanduser() if args.out else RunFolder(Path(args.run)).evaluation
+    out = Path(args.out).expanduser() if args.out else RunFolder(_own_folder(args)).evaluation
     with replaced(out) as work:
         found = {"settings": settings, **more, "report": report.as_dict()}
         work.write_text(json.dumps(found, indent=2) + "\n")
@@ -316,6 +318,13 @@ def kernels_warmup(args: argparse.Namespace) -> int:
         gpu["multiprocessors"] = torch.cuda.get_device_properties().multi_processor_count
     print(warmup(step_launches(config, precision, **gpu), Path(args.config).stem))
     return 0
+
+
+def _own_folder(args: argparse.Namespace) -> Path:
+    """Where a command writes that names no --out. Raises InputError for a repository of the hub."""
+    if hub.is_hub_name(args.run):
+        raise errors.InputError(f"{args.run}: is on the hub, where nothing is written: say where with --out")
+    return Path(args.run)
 
 
 def _device(args: argparse.Namespace) -> str:

@@ -43,7 +43,7 @@ class Run:
     device: Device = "auto"
     # a run folder or checkpoint to resume from instead of run.dir; one that holds nothing is an error
     resume: str | None = None
-    # weights to start a new run from: safetensors written by `pixelgen export` or `pixelgen import`
+    # weights to start a new run from: a folder of `pixelgen export` or `pixelgen import`, or hub:OWNER/NAME
     init: str | None = None
     # of several ranks: seconds without a sign of life after which one is lost, and in which the slowest part of a run
     # ends; a run whose rank is lost, or that is stuck, ends with a line that names the rank

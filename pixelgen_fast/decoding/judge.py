@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixelgen_fast import config as cfg
+from pixelgen_fast import hub
 from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.data.order import Order
 from pixelgen_fast.data.roots import DIGITS, open_root
@@ -60,7 +61,8 @@ class ReconstructionReport:
 
 def decoder_folder(path: str | Path) -> Path | None:
     """The decoder's folder that a path means: itself, or the one in a decoder's run; None where there is none."""
-    for folder in (Path(path), Path(path) / DECODER):
+    path = hub.local(path)
+    for folder in (path, path / DECODER):
         try:
             read_about(folder)
         except InputError:

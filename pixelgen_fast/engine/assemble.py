@@ -6,7 +6,7 @@ device, ranks -> data set -> model -> alignment -> objective -> optimizer -> ZeR
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from pixelgen_kernels.attention import attention_backend
 from pixelgen_kernels.bodies import describe_bodies
 
 from pixelgen_fast import config as cfg
-from pixelgen_fast import models
+from pixelgen_fast import hub, models
 from pixelgen_fast.data.image_index import ImageIndex
 from pixelgen_fast.data.order import Order
 from pixelgen_fast.data.roots import open_root
@@ -32,7 +32,7 @@ from pixelgen_fast.engine.parallel import wrap_blocks
 from pixelgen_fast.models.system import BaseSystem
 from pixelgen_fast.runs import checkpoint
 from pixelgen_fast.runs.draw import Generator, load_for_other_classes
-from pixelgen_fast.runs.export import read_exported
+from pixelgen_fast.runs.export import published_in, read_exported
 from pixelgen_fast.runs.folder import RunFolder
 from pixelgen_fast.runs.kept import with_kept
 
@@ -43,7 +43,7 @@ class Parts:
 
     built: the configuration that the model was built from, with the kept copies of what it is built on.
     precision: "bf16" or "fp32". operators: what runs them, for the log. image_flops: of a training image, both passes.
-    objective: what `engine` trains.
+    objective: what `engine` trains. published: systems of interop/ whose published weights run.init began from.
     """
 
     config: cfg.Config
@@ -58,6 +58,7 @@ class Parts:
     image_flops: int
     objective: TrainingObjective
     engine: zero.ZeroEngine
+    published: list[str] = field(default_factory=list)
 
     @property
     def classes(self) -> list[str]:
@@ -103,7 +104,7 @@ def assemble(config: cfg.Config, heart: Heartbeat, index: ImageIndex | None = No
     operators = describe_operators(device, precision, model.head_dim)
     if config.sample.guide is not None and rank == 0:
         Generator(model, config, index.classes, "raw", 0).guide(config.sample.guide)
-    _initialise(model, config.run.init, rank)
+    published = _initialise(model, config.run.init, rank)
     wrap_blocks(model.blocks(), recompute=config.train.recompute, compile_blocks=config.train.compile_blocks)
     alignment = build_alignment(config, model, index, device)
     objective = build_objective(model, config, alignment)
@@ -119,7 +120,9 @@ def assemble(config: cfg.Config, heart: Heartbeat, index: ImageIndex | None = No
     )
     if shares and rank == 0:
         print(shares)
-    return Parts(config, built, folder, device, precision, rank, world, index, operators, flops, objective, engine)
+    return Parts(
+        config, built, folder, device, precision, rank, world, index, operators, flops, objective, engine, published
+    )
 
 
 def join_ranks(
@@ -132,13 +135,15 @@ def join_ranks(
     return torch.device("cuda", local_rank) if device.type == "cuda" else device, rank, world
 
 
-def _initialise(model: BaseSystem, weights: str | None, rank: int) -> None:
-    """Begin from an exported model, where run.init names one."""
-    if weights:
-        state, _ = read_exported(Path(weights))
-        said = load_for_other_classes(model, state, weights)
-        if said and rank == 0:
-            print(said)
+def _initialise(model: BaseSystem, weights: str | None, rank: int) -> list[str]:
+    """Begin from an exported model, where run.init names one. Returns whose published weights these are."""
+    if not weights:
+        return []
+    state, about = read_exported(hub.local(weights))
+    said = load_for_other_classes(model, state, weights)
+    if said and rank == 0:
+        print(said)
+    return published_in(about)
 
 
 def describe_operators(device: torch.device, precision: str, head_dim: int) -> str:

@@ -31,6 +31,8 @@ from pixelgen_fast.engine.report import Interval, Report
 from pixelgen_fast.engine.schedule import learning_rate
 from pixelgen_fast.engine.step import training_step
 from pixelgen_fast.runs import checkpoint
+from pixelgen_fast.runs.export import published_in
+from pixelgen_fast.runs.folder import PUBLISHED
 from pixelgen_fast.runs.kept import keep
 from pixelgen_fast.runs.owner import Owner
 from pixelgen_fast.signals import REQUEUE, StopRequest
@@ -73,6 +75,7 @@ class Trainer:
         self.parts = self.assemble()
         self.engine, self.folder, self.rank = self.parts.engine, self.parts.folder, self.parts.rank
         self.nimg, self.seconds, self.returns, self.due = 0, 0.0, 0, False
+        self.published = self.parts.published
         self.keeper = Keeper(config, self.engine, self.folder.checkpoints, self.parts.device, self._say)
         self.signals = StopRequest()
         self.owner = Owner(self.folder.root)
@@ -279,6 +282,7 @@ class Trainer:
             "data": self._data(),
             "seconds": self.seconds,
             "returns": self.returns,
+            PUBLISHED: self.published,
         }
         taken = self.keeper.save(self.nimg, state, last)
         self.due = not taken
@@ -320,6 +324,7 @@ class Trainer:
             )
         checkpoint.load(path, self.engine)
         self.nimg, self.seconds = state["nimg"], state["seconds"]
+        self.published = published_in(state)
         self.returns = state["returns"] if isinstance(state.get("returns"), int) else 0
         # the losses of another objective or other data have another range
         other = any(key.startswith(("objective.", "alignment.")) or key in PICTURED for key in changed)

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pixelgen_fast import hub
 from pixelgen_fast.diffusion.path import to_fractions, widen
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.layers import Float32Tables
@@ -100,7 +101,7 @@ def load_autoencoder(
     """
     if encoder is None and decoder is not None and (own := own_encoder(decoder)) is not None:
         encoder, weights, layers = own
-        grid = grid or read_about(Path(decoder))["grid"]
+        grid = grid or read_about(hub.local(decoder))["grid"]
     if encoder is not None and grid is None:
         raise ValueError("grid is needed, the latents a side, where an encoder is named")
     part = None if encoder is None else load_encoder(encoder, weights, grid, layers, keys)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from pixelgen_fast import hub
 from pixelgen_fast.config import Config
 from pixelgen_fast.rae.encoder import copy_encoder, load_encoder
 from pixelgen_fast.rae.files import load_decoder, save_decoder
@@ -30,4 +31,4 @@ def copy_autoencoder(config: Config, folder: Path) -> None:
         )
         save_decoder(decoder, load_decoder(model.decoder, None if part.layers else part.channels), {})
     if model.statistics is not None:
-        shutil.copyfile(model.statistics, statistics)
+        shutil.copyfile(hub.local(model.statistics), statistics)

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from pixelgen_fast import hub
 from pixelgen_fast.atomic import replaced
 from pixelgen_fast.data.cache import published_folder
 from pixelgen_fast.errors import InputError
@@ -75,7 +76,7 @@ def load_decoder(path: str | Path, channels: Channels | None = None) -> Decoder:
     Under torch.device("meta") its shapes alone. channels: mean and deviation of the pixels of a published decoder, None
     for none. Raises InputError for what is not there, cannot be read, or does not fit.
     """
-    path = Path(path)
+    path = hub.local(path)
     meta = torch.get_default_device().type == "meta"
     if path.is_dir():
         about = read_about(path)
@@ -123,7 +124,7 @@ def publish_decoder(folder: Path, out: Path, dtype: torch.dtype) -> Path:
 
 def own_encoder(path: str | Path) -> tuple[str, str, list[int]] | None:
     """(network, weights, layers) of the encoder that a decoder's folder holds; None where it holds none."""
-    path = Path(path)
+    path = hub.local(path)
     if not (path / ENCODER).is_dir():
         return None
     encoder = read_about(path).get("encoder")
@@ -145,7 +146,7 @@ def read_statistics(path: str | Path, encoder: Encoder | None = None) -> Statist
     encoder: whose latents they must be of, where the file says it. Under torch.device("meta") only shapes are compared.
     Raises InputError for a file that is missing, holds something else, or is of another encoder.
     """
-    path = Path(path)
+    path = hub.local(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file of latent statistics; pixelgen latents makes one")
     with torch.device("cpu"):

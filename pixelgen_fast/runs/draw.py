@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from pixelgen_fast import config as cfg
-from pixelgen_fast import errors
+from pixelgen_fast import errors, hub
 from pixelgen_fast.config import Sampling
 from pixelgen_fast.diffusion.energy import energy_path
 from pixelgen_fast.diffusion.path import convert
@@ -20,7 +20,7 @@ from pixelgen_fast.diffusion.solver import Model, Pair, sample, to_uint8
 from pixelgen_fast.models import build_model, model_schema
 from pixelgen_fast.models.system import BaseSystem, SequentialSystem, System
 from pixelgen_fast.runs.checkpoint import RUN, CheckpointError, ema_key, find, read_state, read_weights
-from pixelgen_fast.runs.export import GeneratorError, read_exported
+from pixelgen_fast.runs.export import GeneratorError, published_in, read_exported
 from pixelgen_fast.runs.folder import ABOUT, CHECKPOINTS, MODEL_PREFIX, names_a_folder
 from pixelgen_fast.runs.kept import with_kept
 from pixelgen_fast.weights import misfits
@@ -32,7 +32,8 @@ _LARGEST_TABLES = 2**32
 class Generator:
     """A model in evaluation mode, the configuration it was trained with, and the names of its classes.
 
-    guides: those that it has been guided by, by their folder.
+    guides: those that it has been guided by, by their folder. published: systems of interop/ whose published weights
+    these began from.
     """
 
     model: BaseSystem
@@ -41,6 +42,7 @@ class Generator:
     weights: str
     nimg: int
     guides: dict[str, Generator] = field(default_factory=dict)
+    published: list[str] = field(default_factory=list)
 
     def draw(self, labels: Tensor, **options: Any) -> Tensor:
         """Images of the given classes, uint8 [N, S, S, 3]; see `batches`."""
@@ -170,13 +172,13 @@ def against_model(network: Model, guide: Generator, objective: cfg.Objective) ->
 def load(
     path: str | Path, weights: str | None = None, device: torch.device | str = "cpu", *, alone: bool = False
 ) -> Generator:
-    """Load a run folder, a checkpoint folder or an exported folder.
+    """Load a run folder, a checkpoint folder or an exported folder, this also from the hub (hub.py).
 
     weights: "raw", "ema" (the first of optimizer.ema, which the grids of training show) or a key such as "ema_0.9999";
     None takes "ema" of a run, and what an exported folder holds. alone: for predictions only.
     Raises GeneratorError for a folder with no generator, and for other weights than it holds.
     """
-    path = Path(path)
+    path = hub.local(path)
     if (path / ABOUT).is_file():
         state, about = read_exported(path)
         home = path
@@ -203,7 +205,8 @@ def load(
     load_weights(model, state, str(path))
     # of the parameters: tables keep their own
     dtype = next(state[name].dtype for name, _ in model.named_parameters() if name in state)
-    return Generator(model.to(device, dtype).eval(), config, about["classes"], about["weights"], about["nimg"])
+    model = model.to(device, dtype).eval()
+    return Generator(model, config, about["classes"], about["weights"], about["nimg"], published=published_in(about))
 
 
 def load_for_other_classes(model: BaseSystem, state: dict[str, Tensor], origin: str) -> str:

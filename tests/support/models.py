@@ -51,11 +51,11 @@ def systems_of(kind: type[BaseSystem]) -> list[str]:
     return [name for name, built in builds.items() if issubclass(built, kind)]
 
 
-def tiny(system: str, image_size: int = 16, randomise: bool = True, **changes: Any) -> BaseSystem:
-    """A model of 3 classes. randomise: draw every trained weight anew; zeros at the start would hide what they do."""
+def tiny(system: str, image_size: int = 16, randomise: bool = True, num_classes: int = 3, **changes: Any) -> BaseSystem:
+    """A small model. randomise: draw every trained weight anew; zeros at the start would hide what they do."""
     torch.manual_seed(0)
     module = models.system_module(system)
-    model = module.build(module.Settings(**(TINY.get(system, {}) | changes)), image_size, num_classes=3)
+    model = module.build(module.Settings(**(TINY.get(system, {}) | changes)), image_size, num_classes)
     for parameter in model.parameters() if randomise else ():
         if parameter.requires_grad:
             nn.init.normal_(parameter, std=0.2)

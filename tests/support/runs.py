@@ -3,10 +3,16 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+from support.models import TINY as TINY_MODELS
+from support.models import tiny
 
+from pixelgen_fast import config as cfg
+from pixelgen_fast.models import model_schema
 from pixelgen_fast.runs.checkpoint import checkpoints
+from pixelgen_fast.runs.export import export
 from pixelgen_fast.runs.folder import RunFolder
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
@@ -20,6 +26,15 @@ TINY = (
 def train(folder: Path, images: int, *overrides: str) -> list[str]:
     """The arguments that train a tiny model on the digits."""
     return ["train", str(DIGITS), *TINY, f"run.dir={folder}", f"train.images={images}", *overrides]
+
+
+def exported(folder: Path, **settings: Any) -> Path:
+    """An export of a tiny model of the digits whose weights are at no special value. settings: of `export`."""
+    model = tiny("pixeldit", num_classes=10)
+    values = {"model": {"system": "pixeldit"} | TINY_MODELS["pixeldit"], "data": {"image_size": 16, "num_classes": 10}}
+    config = cfg.from_dict(values | {"sample": {"steps": 2}}, model_schema)
+    export(folder, model.state_dict(), config, [str(i) for i in range(10)], "ema", 7, **settings)
+    return folder
 
 
 def rows(folder: Path) -> list[dict]:
