@@ -10,45 +10,18 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image
 from scipy.special import softmax
+from support.pooled_pixels import POOLED, PooledPixels, registered  # noqa: F401  (the fixture)
 from torch_fidelity import feature_extractor_inceptionv3 as inception
-from torch_fidelity import register_feature_extractor
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from pixelgen_fast.data.crop import centre_crop
 from pixelgen_fast.data.pack import pack
 from pixelgen_fast.eval.fid import INCEPTION, check_reference, evaluate_fid, write_statistics
 from pixelgen_fast.eval.frechet import frechet_distance
 
-POOLED = "pooled-pixels"
-
-
-class PooledPixels(FeatureExtractorBase):
-    """Features "pool": 2x2 mean intensities, 12 numbers; "logits": the same, scaled."""
-
-    def __init__(self, name, features_list, **kwargs):
-        super().__init__(name, features_list)
-
-    @staticmethod
-    def get_provided_features_list():
-        return ("pool", "logits")
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric):
-        return "logits" if metric == "isc" else "pool"
-
-    def forward(self, x):
-        assert x.dtype == torch.uint8
-        pool = F.adaptive_avg_pool2d(x.float(), 2).flatten(1)
-        return tuple({"pool": pool, "logits": pool / 20}[layer] for layer in self.features_list)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    register_feature_extractor(POOLED, PooledPixels)
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 def draw(count: int, seed: int) -> torch.Tensor:

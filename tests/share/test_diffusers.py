@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields
@@ -15,12 +16,13 @@ from support.models import TINY, tiny
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast.config import Sampling
+from pixelgen_fast.diffusion.solver import SOLVERS
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.models import model_schema
 from pixelgen_fast.runs import draw
 from pixelgen_fast.runs.draw import Generator
 from pixelgen_fast.runs.export import GeneratorError
-from pixelgen_fast.share.diffusers import COVERED, export_diffusers
+from pixelgen_fast.share.diffusers import CODE, COVERED, export_diffusers
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OPENER = Path(__file__).with_name("diffusers_opener.py")
@@ -96,6 +98,15 @@ def test_every_configuration_of_a_covered_system_has_the_form(system: str) -> No
             check_covered(cfg.load(file, ["data.root=x"], model_schema))
             named += 1
     assert named
+
+
+def test_the_solvers_are_the_same() -> None:
+    """The two lists of names; that they do the same is compared above."""
+    text = (CODE / "pipeline.py").read_text()
+    listed = re.search(r"^SOLVERS = \{(.*)\}$", text, re.MULTILINE)[1]
+    assert re.findall(r'"(\w+)":', listed) == list(SOLVERS)
+    used = {changes.get("solver", "adams2") for *_, changes in CASES.values()}
+    assert used == set(SOLVERS)
 
 
 def test_what_has_no_form_is_refused_in_a_line(tmp_path: Path) -> None:
