@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pixelgen_fast.overrides import Override, explain, merge, override_layers, read_layers
 from pixelgen_fast.settings import (
+    SEEDS,
     ConfigError,
     Crop,
     Device,
@@ -30,9 +31,7 @@ from pixelgen_fast.settings import (
     check_ranges,
     within,
 )
-
-# what torch's generators take; the noise has their last 64 bits as its key
-SEEDS = (-(2**63), 2**64 - 1)
+from pixelgen_fast.validation import Validation
 
 
 @dataclass
@@ -74,6 +73,7 @@ class Data:
     max_unreadable: float = within(0, 1, default=0.01)
     # share of a batch that the JPEG engines of a GPU decode
     hw_decoder_load: float = within(0, 1, default=0.65)
+    validation: Validation = field(default_factory=Validation)
 
 
 @dataclass
@@ -300,6 +300,7 @@ def validate(config: Config) -> None:
     _check_step(config)
     _check_interval(config.sample, "sample.")
     _check_alignment(config.alignment, config.data)
+    config.data.validation.check()
 
 
 def _check_alignment(a: Alignment, d: Data) -> None:
@@ -330,8 +331,7 @@ def _check_interval(settings: Sampling, prefix: str) -> None:
 
 
 def _check_path(o: Objective) -> None:
-    plain = Objective()
-    given = [name for name in ("sigma0", "release") if getattr(o, name) != getattr(plain, name)]
+    given = [name for name in ("sigma0", "release") if getattr(o, name) != getattr(Objective(), name)]
     if o.path == "linear" and given:
         raise ConfigError(f"objective.{given[0]} is given, but objective.path is linear; set it to energy_guided")
     if o.path == "linear":

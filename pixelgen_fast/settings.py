@@ -23,6 +23,9 @@ Solver = Literal["euler", "heun", "adams2"]
 PathKind = Literal["linear", "energy_guided"]
 Device = Literal["auto", "cpu", "cuda"]
 
+# what torch's generators take; the noise has their last 64 bits as its key
+SEEDS = (-(2**63), 2**64 - 1)
+
 
 class ConfigError(InputError):
     """The configuration is not valid; the message names the key, its value and the fix."""

@@ -92,7 +92,8 @@ def collect(compare: Compare) -> tuple[list[Variant], dict[str, Any]]:
 
 def _variant(compare: Compare, name: str) -> Variant:
     folders = tuple(run_folder(compare, name, seed) for seed in compare.seeds)
-    rows = tuple(read_metrics(RunFolder(folder).metrics) for folder in folders)
+    read = (read_metrics(RunFolder(folder).metrics) for folder in folders)
+    rows = tuple([row for row in found if "loss" in row] for found in read)  # not those of validation
     found = [_read(RunFolder(folder).evaluation) for folder in folders]
     model = load_model(folders[0])
     flows = [last_tenth(r, flow_key(r)) for r in rows if isinstance(model, System)]

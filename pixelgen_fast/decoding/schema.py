@@ -11,6 +11,7 @@ from pixelgen_fast import config as cfg
 from pixelgen_fast.overrides import merge, read_layers
 from pixelgen_fast.rae.decoder import DecoderSettings
 from pixelgen_fast.settings import ConfigError, above, at_least, check_ranges, within
+from pixelgen_fast.validation import Validation
 
 # in run.dir: the statistics, the folder of the trained decoder, and the copy of the encoder
 LATENTS, DECODER, ENCODER = "latents.safetensors", "decoder", "encoder"
@@ -163,6 +164,8 @@ def validate(config: DecoderConfig) -> None:
             f"decoder.hidden_size {p.hidden_size} must be a multiple of decoder.num_heads {p.num_heads}, and of 4 for "
             "its positions"
         )
+    if d.validation != Validation():
+        raise ConfigError("data.validation is of generators, and a decoder has no use for it; leave it out")
     if d.resize is not None and d.resize < d.image_size:
         raise ConfigError(f"data.resize {d.resize} is smaller than data.image_size {d.image_size}")
     if o.gan_weight and o.gan_from < o.discriminator_from:

@@ -15,6 +15,7 @@ from pixelgen_kernels.bodies import describe_bodies
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast import hub, models
+from pixelgen_fast.data.held_out import split
 from pixelgen_fast.data.image_index import ImageIndex
 from pixelgen_fast.data.order import Order
 from pixelgen_fast.data.roots import open_root
@@ -29,6 +30,7 @@ from pixelgen_fast.engine.metrics import forward_flops
 from pixelgen_fast.engine.objective import TrainingObjective, build_objective
 from pixelgen_fast.engine.optimizer import run_optimizer
 from pixelgen_fast.engine.parallel import wrap_blocks
+from pixelgen_fast.errors import InputError
 from pixelgen_fast.models.system import BaseSystem
 from pixelgen_fast.runs import checkpoint
 from pixelgen_fast.runs.draw import Generator, load_for_other_classes
@@ -44,6 +46,7 @@ class Parts:
     built: the configuration that the model was built from, with the kept copies of what it is built on.
     precision: "bf16" or "fp32". operators: what runs them, for the log. image_flops: of a training image, both passes.
     objective: what `engine` trains. published: systems of interop/ whose published weights run.init began from.
+    objective: what `engine` trains. index: what it trains on. held: images that it does not, where there are some.
     """
 
     config: cfg.Config
@@ -59,6 +62,7 @@ class Parts:
     objective: TrainingObjective
     engine: zero.ZeroEngine
     published: list[str] = field(default_factory=list)
+    held: ImageIndex | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -90,7 +94,7 @@ def assemble(config: cfg.Config, heart: Heartbeat, index: ImageIndex | None = No
     accumulation = cfg.check_world(config, world)
     folder = RunFolder(Path(config.run.dir))
     heart.at("reading the data set")
-    index = open_root(config.data.root, expected_classes=config.data.num_classes) if index is None else index
+    index, held = open_data(config.data) if index is None else (index, None)
     shares = describe_shares(index) if config.data.class_balanced else None
 
     heart.at("building the model")
@@ -121,8 +125,29 @@ def assemble(config: cfg.Config, heart: Heartbeat, index: ImageIndex | None = No
     if shares and rank == 0:
         print(shares)
     return Parts(
-        config, built, folder, device, precision, rank, world, index, operators, flops, objective, engine, published
-    )
+        config, built, folder, device, precision, rank, world, index, operators, flops, objective, engine, published,
+        held,
+    )  # fmt: skip
+
+
+def open_data(data: cfg.Data) -> tuple[ImageIndex, ImageIndex | None]:
+    """The images to train on, and those that are held out, where data.validation names some.
+
+    Raises InputError where the latter are of other classes, and what `open_root` and `split` raise.
+    """
+    index, v = open_root(data.root, expected_classes=data.num_classes), data.validation
+    if v.share > 0:
+        return split(index, v.share, v.seed)
+    if v.root is None:
+        return index, None
+    held = open_root(v.root)
+    if held.classes != index.classes:
+        other = sorted(set(held.classes) ^ set(index.classes))
+        raise InputError(
+            f"data.validation.root {v.root} has {len(held.classes):,} classes and data.root {len(index.classes):,}; in "
+            f"one of the two only: {', '.join(other[:5])}"
+        )
+    return index, held
 
 
 def join_ranks(

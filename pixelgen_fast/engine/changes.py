@@ -25,6 +25,18 @@ def data_changes(old: Any, new: dict[str, Any]) -> list[str]:
     return changes
 
 
+def held_changes(old: Any, new: dict[str, Any]) -> list[str]:
+    """What to say of images that are held out and are not those of the checkpoint, where it tells."""
+    if not isinstance(old, dict) or old.get("held_out") == new.get("held_out"):
+        return []
+    meaning = "the validation loss is of other images than before"
+    if "held_out" not in old:
+        meaning = "those among them that were trained on make the validation loss too low"
+    if "held_out" not in new:
+        meaning = "none is held out any more"
+    return [f"the images that are held out (data.validation) have changed; {meaning}"]
+
+
 def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's configuration with the defaults of settings that are newer; as it is where it is none of today."""
     try:

@@ -115,6 +115,7 @@ class Metrics:
         )
         if not self.active:
             return
+        self.beside: dict[str, str] = {}
         _drop_rows_after(folder.metrics, nimg)
         self.rows = RowFile(folder.metrics, self.say)
         self.folder, self.writer = folder, None
@@ -127,12 +128,17 @@ class Metrics:
         self.bar.update(images)
 
     def write(self, row: dict[str, float | int | None]) -> None:
-        """Record a row; `nimg` is its clock. loss is None when no step of the interval had a finite one."""
+        """Record a row, of training or of validation; `nimg` is its clock. loss is None when no step of the interval
+        had a finite one."""
         if not self.active:
             return
         self.rows.append(row)
-        loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
-        self.bar.set_postfix_str(f"loss {loss}, {row['images_per_second']:.1f} img/s", refresh=False)
+        if "loss" in row:
+            loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
+            self.beside["loss"] = f"loss {loss}, {row['images_per_second']:.1f} img/s"
+        else:
+            self.beside["validation"] = f"validation {row['validation_loss']:.4f}"
+        self.bar.set_postfix_str(", ".join(self.beside.values()), refresh=False)
         self._write_tensorboard(row)
         self._write_wandb(row)
 

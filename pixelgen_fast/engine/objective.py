@@ -131,11 +131,22 @@ class FlowMatching(TrainingObjective):
     def losses(self, images: Tensor, y: Tensor, numbers: Tensor) -> dict[str, Tensor]:
         o = self.objective
         t = sample_times(self.seed, numbers, o.time, o.time_mean, o.time_std, o.time_shift, least=o.time_min)
-        fused = self.path is None and o.predict == "v" and o.frequency_weight == 0 and self.model.fuses_loss
-        losses, tokens = (self._inside if fused else self._outside)(images, t, y, numbers)
+        losses, tokens = self._compared(images, t, y, numbers)
         if self.alignment is not None:
             losses["alignment"] = self.alignment(tokens, images, numbers)
         return losses
+
+    def losses_at(self, images: Tensor, t: Tensor, y: Tensor, numbers: Tensor) -> dict[str, Tensor]:
+        """The parts of each image's loss [B] at these times [B] in place of drawn ones, without the alignment's."""
+        return self._compared(images, t, y, numbers)[0]
+
+    def _compared(
+        self, images: Tensor, t: Tensor, y: Tensor, numbers: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Losses of each image at its time, and the tapped tokens."""
+        o = self.objective
+        fused = self.path is None and o.predict == "v" and o.frequency_weight == 0 and self.model.fuses_loss
+        return (self._inside if fused else self._outside)(images, t, y, numbers)
 
     def _inside(self, images: Tensor, t: Tensor, y: Tensor, numbers: Tensor) -> tuple[dict[str, Tensor], Tensor | None]:
         """Losses of each image and the tapped tokens, from a model that noises and compares by itself."""

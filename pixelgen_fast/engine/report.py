@@ -27,6 +27,10 @@ from pixelgen_fast.pages.run import write_report
 from pixelgen_fast.pages.settings import defaults_of
 from pixelgen_fast.runs.checkpoint import ema_key
 from pixelgen_fast.runs.draw import Generator, load_weights, strip_prefix
+from pixelgen_fast.runs.folder import RunFolder
+
+# the validation loss of the average of the weights, and of the weights themselves; see validation.py
+VALIDATION = ("validation_loss", "validation_loss_raw")
 
 
 class DrawingStopped(Exception):
@@ -177,7 +181,7 @@ class Report:
         self.metrics.close()
         if self.parts.rank:
             return True
-        self._keep(folder.loss, lambda: save_curves(read_metrics(folder.metrics), folder.loss, title=folder.root.name))
+        self._keep(folder.loss, lambda: _save_losses(folder))
         self._keep(folder.report, lambda: write_report(folder, defaults_of(self.parts.config)))
         self._try_again()
         print(
@@ -229,6 +233,13 @@ class Report:
         return f", ZeRO stage {self.parts.config.train.zero_stage}"
 
 
+def _save_losses(folder: RunFolder) -> None:
+    """The loss of training over images, and that of validation below it."""
+    rows = read_metrics(folder.metrics)
+    lines = [key for key in VALIDATION if any(row.get(key) is not None for row in rows)]
+    save_curves(rows, folder.loss, lines=lines, title=folder.root.name)
+
+
 class Interval:
     """Where the present interval of the log began; saving and drawing do not count as training time.
 
@@ -249,7 +260,7 @@ class Interval:
         yield
         spent = time.perf_counter() - begin
         self.start += spent
-        self.pauses[what] += spent
+        self.pauses[what] = self.pauses.get(what, 0.0) + spent
 
     def waited(self, loader: Loader) -> float:
         return loader.wait_seconds - self.wait

@@ -21,7 +21,7 @@ from pixelgen_fast.data import Batch
 from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.data.order import RULE
 from pixelgen_fast.engine.assemble import Parts, assemble
-from pixelgen_fast.engine.changes import averages, data_changes, differences, with_defaults
+from pixelgen_fast.engine.changes import averages, data_changes, differences, held_changes, with_defaults
 from pixelgen_fast.engine.collectives import any_rank
 from pixelgen_fast.engine.feed import Feed
 from pixelgen_fast.engine.graph import capture
@@ -30,6 +30,7 @@ from pixelgen_fast.engine.keeper import Keeper
 from pixelgen_fast.engine.report import Interval, Report
 from pixelgen_fast.engine.schedule import learning_rate
 from pixelgen_fast.engine.step import training_step
+from pixelgen_fast.engine.validation import Validation
 from pixelgen_fast.runs import checkpoint
 from pixelgen_fast.runs.export import published_in
 from pixelgen_fast.runs.folder import PUBLISHED
@@ -84,6 +85,8 @@ class Trainer:
             self.heart.at("reading the last checkpoint")
             self._claim()
             self.prepare()
+            self.heart.at("reading the images that are held out")
+            self.validation = Validation(self.parts) if self.parts.held is not None else None
             self.heart.at("starting the report and the loader")
             self._begin()
             on_failure.pop_all()
@@ -166,6 +169,9 @@ class Trainer:
                     self.heart.at("writing metrics")
                     self.seconds += self.report.row(self.nimg, interval, self.loader)
                     interval = Interval(self.nimg, self.loader)
+                if self._validation_is_due():
+                    with interval.paused("validation_seconds"):
+                        self._validate()
                 self.due = self.due or again or crossed(self.nimg, batch, c.save.every_images)
                 if stop or (self.due and self.nimg < total):
                     with interval.paused("saving_seconds"):
@@ -249,6 +255,17 @@ class Trainer:
             "what optimizer says"
         )
 
+    def _validation_is_due(self) -> bool:
+        """Whether the validation loss belongs to this image: it comes before its checkpoint, and at the end."""
+        if self.validation is None:
+            return False
+        every = self.config.data.validation.every_images
+        return crossed(self.nimg, self.config.train.global_batch, every) or self.nimg >= self.parts.total
+
+    def _validate(self) -> None:
+        self.heart.at("measuring the validation loss")
+        self.report.metrics.write({"nimg": self.nimg, **self.validation.measure(self.heart.moved)})
+
     def _grid_is_due(self) -> bool:
         """Whether a grid belongs to this image; the one of the last image is drawn at the end."""
         every = self.config.sample.grid_every_images
@@ -290,7 +307,10 @@ class Trainer:
 
     def _data(self) -> dict[str, Any]:
         """What a checkpoint keeps of the data, to be compared on resuming."""
-        return {"images": len(self.parts.index), "fingerprint": self.parts.index.fingerprint, "order": RULE}
+        held = self.parts.held
+        apart = {} if held is None else {"held_out": held.fingerprint}
+        index = self.parts.index
+        return {"images": len(index), "fingerprint": index.fingerprint, "order": RULE} | apart
 
     def _resume(self) -> None:
         """Restore the newest valid checkpoint of run.resume or run.dir and say what came back."""
@@ -338,6 +358,8 @@ class Trainer:
                 print(f"  {key} has changed: {change}")
             for text in data_changes(state.get("data"), self._data()):
                 print(f"  {text}; image numbers mean other images than before")
+            for text in held_changes(state.get("data"), self._data()):
+                print(f"  {text}")
 
     def _check_folder(self) -> None:
         """Refuse to start a run that cannot write its folder, or whose checkpoints will not fit."""

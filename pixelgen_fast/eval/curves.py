@@ -70,13 +70,18 @@ def png_figures() -> tuple[type, type]:
     return FigureCanvasAgg, Figure
 
 
-def _draw_panel(panel: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None:
-    """Every number that the rows hold under the key, and its running mean. panel: matplotlib's Axes."""
+def _points(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images seen, and the numbers under a key where it is finite. Raises ValueError where it is nowhere."""
     points = [(row["nimg"], row[key]) for row in rows if row.get(key) is not None and math.isfinite(row[key])]
     if not points:
         present = sorted({name for row in rows for name in row if name != "nimg"})
         raise ValueError(f"no row holds a finite {key!r}; the {len(rows)} rows hold {present}")
-    nimg, values = (np.asarray(column, dtype=np.float64) for column in zip(*points, strict=True))
+    return tuple(np.asarray(column, dtype=np.float64) for column in zip(*points, strict=True))
+
+
+def _draw_panel(panel: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None:
+    """Every number that the rows hold under the key, and its running mean. panel: matplotlib's Axes."""
+    nimg, values = _points(rows, key)
     window = len(values) // 40 * 2 + 1
     smooth = running_mean(values, window)
     panel.plot(nimg, values, color="#4878a8", alpha=0.35, linewidth=0.8, label=f"each of {len(values)} logged values")
@@ -84,6 +89,17 @@ def _draw_panel(panel: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None
     low, high = values.min(), max(np.percentile(values, 99), smooth.max())
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     panel.set_ylim(low - room, high + room)
+    _finish_panel(panel, key)
+
+
+def _draw_lines(panel: Any, rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> None:
+    """Several numbers that are measured now and then, each as a line through its points."""
+    for key in keys:
+        panel.plot(*_points(rows, key), marker="o", markersize=3, linewidth=1.4, label=key.replace("_", " "))
+    _finish_panel(panel, keys[0])
+
+
+def _finish_panel(panel: Any, key: str) -> None:
     panel.set_xlabel("images seen")
     panel.set_ylabel(key.replace("_", " "))
     panel.grid(alpha=0.2)
@@ -92,9 +108,14 @@ def _draw_panel(panel: Any, rows: Sequence[Mapping[str, Any]], key: str) -> None
 
 
 def save_curves(
-    rows: Iterable[Mapping[str, Any]], path: str | Path, *, keys: Sequence[str] = ("loss",), title: str = ""
+    rows: Iterable[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    keys: Sequence[str] = ("loss",),
+    lines: Sequence[str] = (),
+    title: str = "",
 ) -> Path:
-    """Draw named numbers over images seen, one panel a key, as a PNG.
+    """Draw named numbers over images seen, one panel a key and one of all `lines` together, as a PNG.
 
     rows: as read_metrics gives them. A row without a key, or whose number is not finite (a skipped step), is left out
     of that panel. Returns the path; its folder is made if need be.
@@ -104,10 +125,15 @@ def save_curves(
     from matplotlib.ticker import EngFormatter
 
     rows = list(rows)
-    figure = Figure(figsize=(7.5, 3.4 * len(keys)), layout="constrained")
+    count = len(keys) + bool(lines)
+    figure = Figure(figsize=(7.5, 3.4 * count), layout="constrained")
     canvas = FigureCanvasAgg(figure)
-    for panel, key in zip(figure.subplots(len(keys), squeeze=False)[:, 0], keys, strict=True):
+    panels = figure.subplots(count, squeeze=False, sharex=bool(lines))[:, 0]
+    for panel, key in zip(panels, keys, strict=False):
         _draw_panel(panel, rows, key)
+    if lines:
+        _draw_lines(panels[-1], rows, lines)
+    for panel in panels:
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.suptitle(title)
     path = Path(path)
