@@ -113,16 +113,23 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = command(
         "evaluate",
         commands.evaluate,
-        "Measure generated images by FID, digits by class and Fréchet distance; a decoder by PSNR, LPIPS and rFID.",
+        "Measure generated images (FID, sFID, IS, precision, recall, FD-DINOv2; digits by class), a decoder by PSNR.",
     )
     _add_model_arguments(evaluate)
     evaluate.add_argument("--samples", type=int, help="images to draw (default: 1000 digits, 50000 others)")
     evaluate.add_argument(
-        "--reference", help="real images (folder), or their statistics (.npz), for FID; what a decoder is to decode"
+        "--labels", choices=("balanced", "random"), help="classes in equal numbers (default), or drawn at random"
     )
-    evaluate.add_argument("--inception", help="local file of torch-fidelity's Inception weights")
+    evaluate.add_argument(
+        "--sweep", nargs="*", metavar="KEY=A,B", help="measure every combination, as guidance=1,1.5 weights=ema,raw"
+    )
+    evaluate.add_argument(
+        "--reference", help="real images, or a .npz that `data reference` or ADM made; what a decoder is to decode"
+    )
     evaluate.add_argument("--vgg", help="of LPIPS, for a decoder: file of torchvision's VGG-16, or none for no LPIPS")
     evaluate.add_argument("--out", help="JSON file to write (default: RUN/evaluation.json)")
+
+    _add_network_arguments(evaluate)
 
     export = command(
         "export",
@@ -270,6 +277,18 @@ def _add_data_commands(data: argparse.ArgumentParser, command: Callable[..., arg
     pack.add_argument(
         "--upright", action="store_true", help="turn images as their EXIF orientation says (ADM does not)"
     )
+    reference = command(
+        "reference",
+        commands.data_reference,
+        "Write what images are compared with: moments of features and some features, with crop, count and checksum.",
+        verbs,
+    )
+    reference.add_argument("root", help="data.root of a configuration")
+    reference.add_argument("out", help="file to write, .npz")
+    reference.add_argument("--size", type=int, default=256, help="pixels a side (default: 256)")
+    reference.add_argument("--crop", choices=("adm", "none"), default="adm", help="centre crop, or only this size")
+    reference.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    _add_network_arguments(reference)
     bench = command(
         "bench",
         commands.data_bench,
@@ -294,6 +313,11 @@ def _add_data_commands(data: argparse.ArgumentParser, command: Callable[..., arg
 
 def _add_shard_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shard-size", default="5GB", help="of a file of weights; more go into several (default: 5GB)")
+
+
+def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--inception", help="local file of torch-fidelity's Inception weights")
+    parser.add_argument("--dino", help="local file of DINOv2 ViT-L/14, for FD-DINOv2")
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:

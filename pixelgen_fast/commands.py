@@ -8,11 +8,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast import errors, hub
@@ -20,11 +19,7 @@ from pixelgen_fast.atomic import replaced
 from pixelgen_fast.runs.folder import RunFolder
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from pixelgen_fast.engine.team import Team
-    from pixelgen_fast.eval.digits import DigitsReport
-    from pixelgen_fast.eval.fid import FidReport
 
 _SAMPLING = [field.name for field in fields(cfg.Sampling)]
 
@@ -118,7 +113,8 @@ def _evaluate_decoder(args: argparse.Namespace, folder: Path) -> int:
     from pixelgen_fast.decoding.judge import evaluate_decoder
     from pixelgen_fast.processes import world_size
 
-    given = [name for name in ("weights", *_SAMPLING) if name != "batch" and getattr(args, name) is not None]
+    of_drawing = [name for name in ("weights", "labels", "sweep", "dino", *_SAMPLING) if name != "batch"]
+    given = [name for name in of_drawing if getattr(args, name) is not None]
     if given:
         raise errors.InputError(f"--{given[0]} is of drawing, and a decoder draws nothing of its own; leave it out")
     if (count := world_size(os.environ)) > 1:
@@ -132,66 +128,33 @@ def _evaluate_decoder(args: argparse.Namespace, folder: Path) -> int:
         inception=args.inception,
         device=_device(args),
     )
-    _write_report(args, settings, report)
-    return 0
-
-
-def _evaluate(args: argparse.Namespace, team: Team) -> None:
-    import torch
-
-    from pixelgen_fast.runs import draw
-
-    changes = _sampling(args)
-    loaded = draw.load(args.run, args.weights, _device(args))
-    digits = loaded.config.data.root == "digits"
-    count = args.samples or (1000 if digits else 50_000)
-    # Equal numbers of every class: random labels cost about 0.1 FID.
-    labels = torch.arange(count) % len(loaded.classes)
-    if not digits:
-        team.first(lambda: _check_reference(args, loaded.config.data.image_size))
-    used = [name for name in _SAMPLING if name in loaded.model.used_sampling]
-    settings = {name: getattr(loaded.config.sample, name) for name in used} | changes
-    begin = time.perf_counter()
-    images = team.collect(loaded.batches(labels, **team.drawing(), **changes), count, settings["batch"])
-    if images is None:
-        return
-    seconds, device = time.perf_counter() - begin, str(next(loaded.model.parameters()).device)
-    drawing = {"seconds": seconds, "processes": team.world, "device": device}
-    report = _judge(images, labels, digits, args)
-    del settings["batch"]  # the images do not depend on it
-    settings |= {"weights": loaded.weights, "nimg": loaded.nimg}
-    _write_report(args, settings, report, drawing=drawing)
-
-
-def _write_report(args: argparse.Namespace, settings: dict[str, Any], report: Any, **more: Any) -> None:
-    """Print what `evaluate` found, and write it as JSON, with more that is not printed."""
     print(f"{args.run}: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
     print("\n".join(report.lines()))
     out = Path(args.out).expanduser() if args.out else RunFolder(_own_folder(args)).evaluation
     with replaced(out) as work:
-        found = {"settings": settings, **more, "report": report.as_dict()}
-        work.write_text(json.dumps(found, indent=2) + "\n")
+        work.write_text(json.dumps({"settings": settings, "report": report.as_dict()}, indent=2) + "\n")
+    return 0
 
 
-def _check_reference(args: argparse.Namespace, size: int) -> None:
-    """Raise what can be said of the reference before images are drawn."""
-    from pixelgen_fast.eval.fid import check_reference
+def _evaluate(args: argparse.Namespace, team: Team) -> None:
+    from pixelgen_fast.measure import evaluate, sweep
 
-    if args.reference is None:
-        raise errors.InputError(
-            "evaluating images other than the digits needs --reference, a data set of real images or a statistics .npz"
-        )
-    check_reference(args.reference, size=size, weights=args.inception)
-
-
-def _judge(images: Tensor, labels: Tensor, digits: bool, args: argparse.Namespace) -> DigitsReport | FidReport:
-    if digits:
-        from pixelgen_fast.eval.digits import evaluate_digits
-
-        return evaluate_digits(images, labels)
-    from pixelgen_fast.eval.fid import evaluate_fid
-
-    return evaluate_fid(images, args.reference, weights=args.inception, device=_device(args), progress=True)
+    request = evaluate.Request(
+        run=args.run,
+        weights=args.weights,
+        device=_device(args),
+        changes=_sampling(args),
+        samples=args.samples,
+        labels=args.labels or evaluate.BALANCED,
+        reference=args.reference,
+        inception=args.inception,
+        dino=args.dino,
+        out=Path(args.out).expanduser() if args.out else None,
+    )
+    if args.sweep is not None:
+        sweep.sweep(request, sweep.parse(args.sweep), team)
+    else:
+        evaluate.evaluate(request, team)
 
 
 def teacher(args: argparse.Namespace) -> int:
@@ -252,6 +215,18 @@ def data_pack(args: argparse.Namespace) -> int:
     from pixelgen_fast.data.pack import pack
 
     print(pack(args.root, args.out, args.size, args.crop, upright=args.upright, workers=args.workers))
+    return 0
+
+
+def data_reference(args: argparse.Namespace) -> int:
+    from pixelgen_fast.eval.features import FeatureNetworks
+    from pixelgen_fast.eval.fid import write_statistics
+    from pixelgen_fast.eval.reference import check_name
+
+    check_name(Path(args.out))
+    networks = FeatureNetworks(weights=args.inception, dino=args.dino, device=_device(args))
+    found = write_statistics(args.root, args.out, networks, size=args.size, crop=args.crop, progress=True)
+    print(f"{args.out}: {found.line()}; {found.about['extractor']}")
     return 0
 
 

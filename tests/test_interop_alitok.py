@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 from pixelgen_fast import interop
 from pixelgen_fast.cli import main
 from pixelgen_fast.config import Objective, Sampling
-from pixelgen_fast.eval import fid
 from pixelgen_fast.interop import alitok
+from pixelgen_fast.measure import evaluate
 from pixelgen_fast.models.alitok import Settings, build
 from pixelgen_fast.models.alitok_tokenizer import Tokenizer, TokenizerSize, public_name
 from pixelgen_fast.runs import draw
@@ -103,9 +104,19 @@ def test_an_import_is_evaluated_like_any_other(
     out, seen = tmp_path / "out", []
     command = ["import", str(tmp_path / "alitok_b.bin"), str(out), "--system", "alitok", "--tokenizer", str(tokenizer)]
     assert main(command) == 0
-    monkeypatch.setattr(fid, "check_reference", lambda *_, **__: None)
-    monkeypatch.setattr(fid, "evaluate_fid", lambda images, *_, **__: seen.append(images) or report)
     report = SimpleNamespace(lines=list, as_dict=dict)
+
+    class Judge:
+        identity: ClassVar[dict] = {}
+
+        def keep(self, images: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"images": images}
+
+        def report(self, kept: dict[str, torch.Tensor], labels: torch.Tensor) -> SimpleNamespace:
+            seen.append(kept["images"])
+            return report
+
+    monkeypatch.setattr(evaluate, "choose_judge", lambda *_: Judge())
     assert main(["evaluate", str(out), "--samples", "6", "--reference", "real", "--guidance", "9"]) == 0
     assert seen[0].shape == (6, 8, 8, 3) and seen[0].dtype == torch.uint8
     assert torch.equal(seen[0], draw.load(out).draw(torch.arange(6) % CLASSES, guidance=9.0))

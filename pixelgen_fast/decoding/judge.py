@@ -32,6 +32,7 @@ from pixelgen_fast.diffusion.path import to_unit
 from pixelgen_fast.diffusion.solver import to_uint8
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.eval.digits import DigitsReport, evaluate_digits
+from pixelgen_fast.eval.features import FeatureNetworks
 from pixelgen_fast.eval.fid import FidReport, check_reference, evaluate_fid
 from pixelgen_fast.rae.autoencoder import Autoencoder, load_autoencoder
 from pixelgen_fast.rae.files import read_about
@@ -100,7 +101,7 @@ def evaluate_decoder(
     if count is not None and not 2 <= count <= len(index):
         raise InputError(f"--samples is {count}, and {root} has {len(index):,} images; give 2 to that many")
     if root != DIGITS:
-        check_reference(str(index.root), size=size, weights=inception)
+        check_reference(str(index.root), FeatureNetworks(weights=inception), size=size)
     vgg = about.get("vgg") if vgg is None else vgg
     perceptual = None if vgg == NO_LPIPS else Perceptual(vgg, "--vgg").to(device)
     settings = cfg.Data(root=root, image_size=size, crop=data.get("crop", "adm"), workers=0)

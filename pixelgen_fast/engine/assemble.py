@@ -46,7 +46,7 @@ class Parts:
     built: the configuration that the model was built from, with the kept copies of what it is built on.
     precision: "bf16" or "fp32". operators: what runs them, for the log. image_flops: of a training image, both passes.
     objective: what `engine` trains. published: systems of interop/ whose published weights run.init began from.
-    objective: what `engine` trains. index: what it trains on. held: images that it does not, where there are some.
+    index: what it trains on. held: images that it does not, where there are some.
     """
 
     config: cfg.Config

@@ -6,12 +6,11 @@ which one process would draw it, and comes out bit for bit the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from pixelgen_fast.engine import group
 from pixelgen_fast.engine.heartbeat import Heartbeat
@@ -53,16 +52,3 @@ class Team:
         """Options of `Generator.batches` for this rank's share; rank 0 shows its progress."""
         options = {"share": (self.rank, self.world), "progress": self.rank == 0}
         return options | {"before_pass": self.heart.moved}
-
-    def collect(self, parts: Iterable[tuple[Tensor, Tensor]], count: int, batch: int) -> Tensor | None:
-        """All of `count` images on rank 0, None on the others. All ranks call it.
-
-        parts: of this rank, (numbers [n], images [n, ...]) for each of its batches.
-        """
-        parts, everything = iter(parts), None
-        for _ in range(0, count, batch * self.world):
-            for numbers, images in filter(None, self.gather(next(parts, None))):
-                if everything is None:
-                    everything = images.new_empty((count, *images.shape[1:]))
-                everything[numbers] = images
-        return everything

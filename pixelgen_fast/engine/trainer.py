@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -169,9 +170,7 @@ class Trainer:
                     self.heart.at("writing metrics")
                     self.seconds += self.report.row(self.nimg, interval, self.loader)
                     interval = Interval(self.nimg, self.loader)
-                if self._validation_is_due():
-                    with interval.paused("validation_seconds"):
-                        self._validate()
+                self._validate(interval)
                 self.due = self.due or again or crossed(self.nimg, batch, c.save.every_images)
                 if stop or (self.due and self.nimg < total):
                     with interval.paused("saving_seconds"):
@@ -255,16 +254,14 @@ class Trainer:
             "what optimizer says"
         )
 
-    def _validation_is_due(self) -> bool:
-        """Whether the validation loss belongs to this image: it comes before its checkpoint, and at the end."""
-        if self.validation is None:
-            return False
-        every = self.config.data.validation.every_images
-        return crossed(self.nimg, self.config.train.global_batch, every) or self.nimg >= self.parts.total
-
-    def _validate(self) -> None:
+    def _validate(self, interval: Interval) -> None:
+        """Measure the validation loss where it is due: before this image's checkpoint, and at the end."""
+        every, batch = self.config.data.validation.every_images, self.config.train.global_batch
+        if self.validation is None or not (crossed(self.nimg, batch, every) or self.nimg >= self.parts.total):
+            return
         self.heart.at("measuring the validation loss")
-        self.report.metrics.write({"nimg": self.nimg, **self.validation.measure(self.heart.moved)})
+        with interval.paused("validation_seconds"):
+            self.report.metrics.write({"nimg": self.nimg, **self.validation.measure(self.heart.moved)})
 
     def _grid_is_due(self) -> bool:
         """Whether a grid belongs to this image; the one of the last image is drawn at the end."""
@@ -350,16 +347,20 @@ class Trainer:
         other = any(key.startswith(("objective.", "alignment.")) or key in PICTURED for key in changed)
         self.keeper.resume(path, self.nimg, None if other else state.get("health"))
         if self.rank == 0:
-            print(
-                f"resumed {path}: image {self.nimg:,} of {self.parts.total:,}, weights, optimizer moments and averages "
-                f"{', '.join(str(d) for d in self.config.optimizer.ema)} restored"
-            )
-            for key, change in changed.items():
-                print(f"  {key} has changed: {change}")
-            for text in data_changes(state.get("data"), self._data()):
-                print(f"  {text}; image numbers mean other images than before")
-            for text in held_changes(state.get("data"), self._data()):
-                print(f"  {text}")
+            self._say_resumed(path, changed, state.get("data"))
+
+    def _say_resumed(self, path: Path, changed: dict[str, str], data: Any) -> None:
+        """Say what came back, and what is not as it was. data: what the checkpoint keeps of them."""
+        print(
+            f"resumed {path}: image {self.nimg:,} of {self.parts.total:,}, weights, optimizer moments and averages "
+            f"{', '.join(str(d) for d in self.config.optimizer.ema)} restored"
+        )
+        for key, change in changed.items():
+            print(f"  {key} has changed: {change}")
+        for text in data_changes(data, self._data()):
+            print(f"  {text}; image numbers mean other images than before")
+        for text in held_changes(data, self._data()):
+            print(f"  {text}")
 
     def _check_folder(self) -> None:
         """Refuse to start a run that cannot write its folder, or whose checkpoints will not fit."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -26,6 +27,7 @@ from pixelgen_fast import models
 from pixelgen_fast.config import Config
 from pixelgen_fast.data.cropped import first_readable
 from pixelgen_fast.data.held_out import looked_at
+from pixelgen_fast.data.storage import patiently
 from pixelgen_fast.engine.assemble import Parts
 from pixelgen_fast.engine.objective import FlowMatching, TrainingObjective, build_objective
 from pixelgen_fast.engine.report import VALIDATION
@@ -41,13 +43,16 @@ TIMES = tuple((j + 0.5) / COUNT for j in range(COUNT))
 class Validation:
     """Measures the validation loss of a run. The images are read once, here.
 
-    Raises InputError where none can be read, or one has another size than data.crop=none takes.
+    Raises InputError where none can be read, or one has another size than data.crop=none takes; DataAway.
     """
 
     def __init__(self, parts: Parts) -> None:
         data, v = parts.config.data, parts.config.data.validation
-        order = looked_at(parts.held, v.seed)
-        numbers, images = first_readable(parts.held, order, v.images, data.image_size, data.crop)
+
+        def read() -> tuple[np.ndarray, np.ndarray]:
+            return first_readable(parts.held, looked_at(parts.held, v.seed), v.images, data.image_size, data.crop)
+
+        numbers, images = patiently(read, data.wait_seconds)
         self.parts, self.batch = parts, v.batch
         self.images, self.labels = torch.from_numpy(images), torch.from_numpy(parts.held.labels[numbers])
         self.numbers = torch.from_numpy(numbers)

@@ -45,6 +45,10 @@ class DigitsReport:
         """The report as plain types, for JSON."""
         return asdict(self)
 
+    def figures(self) -> dict[str, float | None]:
+        """The numbers by their names, the one that counts first."""
+        return {"Fréchet distance": self.frechet_generated, "right class": self.share}
+
     def lines(self) -> list[str]:
         """The report in words, one line each."""
         classes = "  ".join(f"{c}: {share:.0%}" for c, share in self.per_class.items())

@@ -7,6 +7,7 @@
       owner.json           locked by the run that writes here, see owner.py
       wandb_id.txt         its id at Weights & Biases, where it is logged there
       evaluation.json      of `pixelgen evaluate`                generated/        of `pixelgen sample`
+      sweep.json, .png     of its --sweep                        .evaluation-.../  of one that was stopped
 
 <export>/model.safetensors or several (weight_files.py), config.json, dino/ or another thing that a model is built on
 """

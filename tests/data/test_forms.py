@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 from pyarrow import parquet
-from support.pooled_pixels import POOLED, registered  # noqa: F401  (the fixture)
+from support.inception import POOLED, register_pooled
 from support.runs import rows, train
 
 from pixelgen_fast.cli import main
@@ -27,7 +27,7 @@ from pixelgen_fast.data.index import open_index
 from pixelgen_fast.data.order import Order
 from pixelgen_fast.data.pack import pack
 from pixelgen_fast.data.scan import scan
-from pixelgen_fast.eval.fid import check_reference, evaluate_fid
+from pixelgen_fast.eval.fid import evaluate_fid
 
 CLASSES = {"cat": 10, "dog": 14}
 
@@ -127,7 +127,7 @@ def everything(root: Path, out: Path) -> SimpleNamespace:
     assert main(train(out / "run", 48, *own, f"data.root={root}")) == 0
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(0, 256, (24, 16, 16, 3), generator=generator, dtype=torch.uint8)
-    check_reference(root, size=16, extractor=POOLED)
+    register_pooled()
     judged = evaluate_fid(drawn, root, extractor=POOLED)
     return SimpleNamespace(
         report=json.loads(out.with_suffix(".json").read_text()),
@@ -157,7 +157,6 @@ def test_batches_are_the_same_over_epochs_with_balanced_classes_too(form: Path, 
                 assert np.array_equal(expected.labels, found.labels)
 
 
-@pytest.mark.usefixtures("registered")
 def test_nothing_that_is_done_with_it_differs(form: Path, folder: Path, as_a_tree: SimpleNamespace) -> None:
     """Scanned and packed, bit for bit; trained on, to the same losses; a reference of the same distance."""
     found = everything(form, folder / f"of-{form.stem}")

@@ -69,6 +69,7 @@ def test_other_images_are_judged_by_fid(run: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(judge, "evaluate_fid", fid)
     monkeypatch.setattr(judge, "check_reference", lambda *args, **options: None)
+    monkeypatch.setattr(judge, "FeatureNetworks", lambda **options: None)
     assert main(["evaluate", str(run / "decoder"), "--out", str(tmp_path / "found.json")]) == 0
     decoded, originals = seen
     rae = load_autoencoder(None, decoder=str(run / "decoder"))
@@ -90,6 +91,7 @@ def test_options_that_do_not_fit(
     options: list[str], message: str, run: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(judge, "check_reference", lambda *args, **options: None)
+    monkeypatch.setattr(judge, "FeatureNetworks", lambda **options: None)
     assert main(["evaluate", str(run), *options]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert decoder_folder(run) == run / "decoder" and decoder_folder(run.parent) is None

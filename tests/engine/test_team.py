@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 from support.ranks import start_ranks
 from support.runs import train
 
@@ -61,8 +60,6 @@ def test_two_ranks_measure_what_one_measures(run: Path, tmp_path: Path) -> None:
 
 def test_alone_it_is_all_the_same() -> None:
     team = Team(Heartbeat())
-    parts = [(torch.tensor([0, 1]), torch.ones(2, 3)), (torch.tensor([2]), torch.zeros(1, 3))]
-    assert team.collect(parts, count=3, batch=2).tolist() == [[1] * 3, [1] * 3, [0] * 3]
     assert team.first(lambda: 5) == 5 and team.gather(6) == [6]
     with pytest.raises(InputError, match="no"):
         team.first(lambda: (_ for _ in ()).throw(InputError("no")))
