@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pixelgen_fast.compare.schema import Compare, judgements, needs, run_folder
-from pixelgen_fast.eval.curves import read_metrics
+from pixelgen_fast.eval.curves import read_metrics, with_measured
 from pixelgen_fast.models.system import BaseSystem, SequentialSystem, System
 from pixelgen_fast.runs.folder import RunFolder
 
@@ -92,8 +92,7 @@ def collect(compare: Compare) -> tuple[list[Variant], dict[str, Any]]:
 
 def _variant(compare: Compare, name: str) -> Variant:
     folders = tuple(run_folder(compare, name, seed) for seed in compare.seeds)
-    read = (read_metrics(RunFolder(folder).metrics) for folder in folders)
-    rows = tuple([row for row in found if "loss" in row] for found in read)  # not those of validation
+    rows = tuple(with_measured(read_metrics(RunFolder(folder).metrics)) for folder in folders)
     found = [_read(RunFolder(folder).evaluation) for folder in folders]
     model = load_model(folders[0])
     flows = [last_tenth(r, flow_key(r)) for r in rows if isinstance(model, System)]

@@ -255,7 +255,7 @@ class Interval:
 
     @contextmanager
     def paused(self, what: str) -> Iterator[None]:
-        """what: a name among the pauses."""
+        """what: the name of the pause."""
         begin = time.perf_counter()
         yield
         spent = time.perf_counter() - begin

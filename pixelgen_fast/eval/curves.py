@@ -46,6 +46,25 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def with_measured(rows: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of training, each with what was measured beside them up to its image, and after its own step.
+
+    rows: as read_metrics gives them. Those of training have a loss; where none has, they are given as they are.
+    """
+    rows = [dict(row) for row in rows]
+    joined: list[dict[str, Any]] = []
+    waiting: dict[str, Any] = {}
+    for row in rows:
+        if "loss" in row:
+            joined.append(waiting | row)
+            waiting = {}
+        elif joined and joined[-1]["nimg"] == row["nimg"]:
+            joined[-1] = row | joined[-1]
+        else:
+            waiting |= row
+    return joined or rows
+
+
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
     """Centred mean of [n] values over an odd window; at the ends, over the part of the window that exists."""
     half = window // 2

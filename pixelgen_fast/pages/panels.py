@@ -18,7 +18,13 @@ Row = Mapping[str, Any]
 
 # what is not a curve of its own: the clock, and what other panels show
 _NO_CURVE = ("nimg", "step", "begun_at")
-_WASTE = {"loader": "waiting for images", "teacher": "teacher", "saving": "checkpoints", "drawing": "grids"}
+_WASTE = {
+    "loader": "waiting for images",
+    "teacher": "teacher",
+    "validation": "validation",
+    "saving": "checkpoints",
+    "drawing": "grids",
+}
 _NAMED = {
     "loss": "Loss",
     "grad_norm": "Gradient norm",
@@ -71,6 +77,8 @@ def seconds_of(before: Row, row: Row) -> dict[str, float]:
     if row.get("teacher_share"):
         found["teacher"] = steps * row["teacher_share"]
     found["steps"] = steps - sum(found.values())
+    if row.get("validation_seconds"):
+        found["validation"] = row["validation_seconds"]
     return found | {name: row.get(f"{name}_seconds") or 0.0 for name in ("saving", "drawing")}
 
 
@@ -135,7 +143,9 @@ def _panels(columns: Mapping[str, list[float | None]]) -> list[Panel]:
     own = [name for name in columns if name not in (*_NO_CURVE, *_NAMED, *_COUNTS) and any_of(name)]
     shares = [(name, _WASTE[name.removeprefix("time_")]) for name in own if name.startswith("time_")]
     counts = [(name, label) for name, label in _COUNTS.items() if any_of(name)]
-    told = ("saving_seconds", "drawing_seconds", "loader_wait_share", "teacher_share", "model_flops")  # by other panels
+    validation = [name for name in own if name.startswith("validation_loss")]
+    told = ("saving_seconds", "drawing_seconds", "validation_seconds", "loader_wait_share", "teacher_share")
+    told = (*told, "model_flops", *validation)  # by other panels
     others = [name for name in own if not name.startswith("time_") and name not in told]
     losses = [name for name in others if name.startswith("loss")]
     order = ["loss", *losses, *(n for n in list(_NAMED)[1:] if n in columns), *(n for n in others if n not in losses)]
@@ -144,6 +154,8 @@ def _panels(columns: Mapping[str, list[float | None]]) -> list[Panel]:
         for name in order
         if any_of(name)
     ]
+    if validation:
+        panels.insert(1, Panel("Validation loss", [(name, _spoken(name)) for name in validation]))
     if shares:
         panels.append(Panel("Time that was not training", shares, "share"))
     if counts:

@@ -14,7 +14,7 @@ import yaml
 
 from pixelgen_fast.atomic import replaced
 from pixelgen_fast.errors import InputError
-from pixelgen_fast.eval.curves import read_metrics
+from pixelgen_fast.eval.curves import read_metrics, with_measured
 from pixelgen_fast.pages.panels import MOST_POINTS, Row, curves, where_time_went
 from pixelgen_fast.pages.pictures import grids
 from pixelgen_fast.pages.settings import settings_table
@@ -63,7 +63,7 @@ def _rows(folder: RunFolder) -> list[Row]:
     if not folder.metrics.is_file():
         raise InputError(f"{folder.root} holds no {folder.metrics.name}; give the folder of a run, once it has a row")
     try:
-        return read_metrics(folder.metrics)
+        return with_measured(read_metrics(folder.metrics))
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pixelgen_fast.eval.curves import read_metrics, running_mean, save_curves
+from pixelgen_fast.eval.curves import read_metrics, running_mean, save_curves, with_measured
 
 
 def write(path, *lines):
@@ -61,3 +61,10 @@ def test_curves_are_drawn(tmp_path):
 def test_a_key_without_numbers_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"no row holds a finite 'los'; the 1 rows hold \['loss'\]"):
         save_curves([{"nimg": 1, "loss": 2.0}], tmp_path / "loss.png", keys=("los",))
+
+
+def test_what_was_measured_beside_training_joins_its_rows():
+    rows = [{"nimg": 16, "loss": 1.0}, {"nimg": 16, "v": 5}, {"nimg": 24, "v": 6}, {"nimg": 32, "loss": 2.0}]
+    joined = [{"nimg": 16, "loss": 1.0, "v": 5}, {"nimg": 32, "loss": 2.0, "v": 6}]
+    assert with_measured(rows) == joined
+    assert with_measured([{"nimg": 3, "psnr": 1.0}]) == [{"nimg": 3, "psnr": 1.0}]
