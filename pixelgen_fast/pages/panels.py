@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 MOST_POINTS = 4000
 Row = Mapping[str, Any]
 
@@ -25,6 +27,7 @@ _WASTE = {
     "saving": "checkpoints",
     "drawing": "grids",
 }
+_VALIDATION = "validation_loss"
 _NAMED = {
     "loss": "Loss",
     "grad_norm": "Gradient norm",
@@ -64,7 +67,18 @@ def curves(rows: Sequence[Row]) -> Curves:
     each = max(1, math.ceil(len(wide) / MOST_POINTS))
     names = dict.fromkeys(name for row in wide for name in row)
     columns = {name: [_mean(part, name) for part in _groups(wide, each)] for name in names}
+    for name in (name for name in columns if name.startswith(_VALIDATION)):
+        columns[name] = _through(columns["nimg"], columns[name])
     return Curves(columns, _panels(columns), events(rows), each)
+
+
+def _through(nimg: Sequence[float], values: Sequence[float | None]) -> list[float | None]:
+    """A line through what is measured now and then: between two measurements the points on it, outside of them none."""
+    known = [(n, v) for n, v in zip(nimg, values, strict=True) if v is not None]
+    if not known:
+        return list(values)
+    measured, found = zip(*known, strict=True)
+    return [float(np.interp(n, measured, found)) if measured[0] <= n <= measured[-1] else None for n in nimg]
 
 
 def seconds_of(before: Row, row: Row) -> dict[str, float]:
@@ -143,7 +157,7 @@ def _panels(columns: Mapping[str, list[float | None]]) -> list[Panel]:
     own = [name for name in columns if name not in (*_NO_CURVE, *_NAMED, *_COUNTS) and any_of(name)]
     shares = [(name, _WASTE[name.removeprefix("time_")]) for name in own if name.startswith("time_")]
     counts = [(name, label) for name, label in _COUNTS.items() if any_of(name)]
-    validation = [name for name in own if name.startswith("validation_loss")]
+    validation = [name for name in own if name.startswith(_VALIDATION)]
     told = ("saving_seconds", "drawing_seconds", "validation_seconds", "loader_wait_share", "teacher_share")
     told = (*told, "model_flops", *validation)  # by other panels
     others = [name for name in own if not name.startswith("time_") and name not in told]
@@ -154,8 +168,12 @@ def _panels(columns: Mapping[str, list[float | None]]) -> list[Panel]:
         for name in order
         if any_of(name)
     ]
-    if validation:
-        panels.insert(1, Panel("Validation loss", [(name, _spoken(name)) for name in validation]))
+    by_time = [name for name in validation if name.startswith(f"{_VALIDATION}_t")]
+    whole = [name for name in validation if name not in by_time]
+    # every second of eight times: more lines than there are colours tell nothing
+    for title, names in (("Validation loss by time", by_time[::2]), ("Validation loss", whole)):
+        if names:
+            panels.insert(1, Panel(title, [(name, _spoken(name)) for name in names]))
     if shares:
         panels.append(Panel("Time that was not training", shares, "share"))
     if counts:

@@ -64,3 +64,13 @@ def test_every_column_that_holds_something_is_on_a_panel_and_the_clock_on_none()
     assert shown[:2] == ["loss", "loss_alignment"] and {"judged", "time_loader", "replaced_images"} <= set(shown)
     assert not {"nimg", "step", "begun_at", "skipped_steps"} & set(shown)
     assert len(shown) == len(set(shown)) and set(shown) <= set(found.columns)
+
+
+def test_what_is_measured_now_and_then_is_a_line_through_its_points() -> None:
+    rows = [{"nimg": 10 * k, "loss": 1.0} for k in range(1, 7)]
+    rows[1] |= {"validation_loss": 4.0, "validation_loss_t0.0625": 1.0}
+    rows[4] |= {"validation_loss": 1.0, "validation_loss_t0.0625": 1.0}
+    found = curves(rows)
+    assert found.columns["validation_loss"] == [None, 4.0, 3.0, 2.0, 1.0, None]
+    titles = [panel.title for panel in found.panels]
+    assert titles[:3] == ["Loss", "Validation loss", "Validation loss by time"]
