@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pixelgen_fast.interop import mar as form
-from pixelgen_fast.interop.layout import rename
 from pixelgen_fast.models.mar import Mar, build
 from pixelgen_fast.models.patch_heads import MlpHead
+from pixelgen_fast.weights import rename
 
 # what a file says of how it was made, and the constructor does not take
 ABOUT = ("label_drop", "mode", "num_masked")
