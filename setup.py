@@ -89,7 +89,7 @@ setup(
     packages=[*find_packages(include=["pixelgen_fast*"]), *find_packages("kernels"), "pixelgen_kernels.csrc"],
     package_dir={"pixelgen_kernels": "kernels/pixelgen_kernels", "pixelgen_kernels.csrc": "csrc"},
     package_data={
-        "pixelgen_fast": ["py.typed", "pages/files/*"],
+        "pixelgen_fast": ["py.typed", "pages/files/*", "planning/*.json"],
         "pixelgen_kernels": ["py.typed", "tuned/*.json"],
         "pixelgen_kernels.csrc": ["*.cpp", "*.h"],
     },

@@ -25,7 +25,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
@@ -38,7 +37,7 @@ from step import CASES, WARM_UP
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from tqdm import tqdm
-from traffic import RATES, GpuKernels, Rates, Recorder, Trace, build, modelled
+from traffic import RATES, build, in_phase
 from training import Training
 
 from pixelgen_fast.config import Objective
@@ -46,6 +45,9 @@ from pixelgen_fast.diffusion.path import Noising
 from pixelgen_fast.engine.memory import keep_freed_memory
 from pixelgen_fast.engine.objective import FlowMatching
 from pixelgen_fast.engine.pair import EnergyPair, LinearPair
+from pixelgen_fast.planning.gpu_kernels import gpu_kernels
+from pixelgen_fast.planning.rates import Rates
+from pixelgen_fast.planning.trace import Recorder, Trace, modelled
 
 GUIDED = Objective(path="energy_guided")
 SHORTEST = 3e-6  # seconds of a kernel that has hardly anything to do
@@ -145,16 +147,16 @@ FLOORED = Floored(RATES["best"].products, RATES["best"].memory)
 def counted(objective: Objective, fuses: bool) -> tuple[Trace, Transforms]:
     """One step of PixelDiT-XL on the meta device. fuses: whether the model may noise and compare by itself."""
     shape = MODELS["XL"]
-    ours, module = modelled(shape, BASELINE), FlowMatching(build(shape, "triton"), objective, 0, 1000)
+    ours, module = modelled([shape], BASELINE), FlowMatching(build(shape, "triton"), objective, 0, 1000)
     module.model.fuses_loss = fuses
     with torch.device("meta"):
         images = torch.empty(shape.batch, shape.image, shape.image, 3, dtype=torch.uint8)
         labels, numbers = (torch.zeros(shape.batch, dtype=torch.int64) for _ in range(2))
-    trace, transforms = Trace("triton", shape.batch), Transforms()
-    with patch.dict(RATES, {"floored": FLOORED}), forced("triton"), GpuKernels(fused_norms=False):
-        with transforms, Recorder(trace.forward, ours, trace.unlisted):
+    trace, transforms = Trace(shape.batch), Transforms()
+    with forced("triton"), gpu_kernels(fused_norms=False):
+        with transforms, Recorder(trace, ours, in_phase("forward")):
             loss = module(images, labels, numbers)
-        with Recorder(trace.backward, ours, trace.unlisted):
+        with Recorder(trace, ours, in_phase("backward")):
             loss.backward()
     return trace, transforms
 
@@ -169,7 +171,7 @@ def count() -> None:
     ways = {"plain": (Objective(), True), "asked": (Objective(), False), "guided": (GUIDED, False)}
     for way, (objective, fuses) in ways.items():
         trace, transforms = counted(objective, fuses)
-        time = trace.seconds("floored") + transforms.bytes / FLOORED.memory
+        time = trace.seconds(FLOORED) + transforms.bytes / FLOORED.memory
         plain = plain or time
         print(
             f"| {way} | {(trace.total('bytes') + transforms.bytes) / 1e9:.2f} | {trace.total('kernels')} "

@@ -208,7 +208,7 @@ def main() -> int:
         low, middle, high = spread_ms([sum(pair) for pair in times[name]])
         operators, launches = counts[name]
         step = trace(MODELS[name], "triton")
-        gpu = {rates: 1e3 * step.seconds(rates) for rates in RATES}
+        gpu = {name: 1e3 * step.seconds(rates) for name, rates in RATES.items()}
         row = {
             "model": name, "forward_ms": forward, "backward_ms": backward, "p10": low, "p50": middle, "p90": high,
             "launches": launches, "operators": operators, "gpu_ms": gpu,

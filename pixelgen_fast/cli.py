@@ -1,4 +1,4 @@
-"""The command line: pixelgen train | sample | evaluate | report | export | push | import | data | kernels | ...
+"""The command line: pixelgen train | plan | sample | evaluate | report | export | push | import | data | ...
 
 An error is one line that says what to do; `--debug` shows where it came from.
 """
@@ -27,7 +27,14 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    overridable = (commands.train, commands.compare, exchange.import_published, commands.data_bench, watching.profile)
+    overridable = (
+        commands.train,
+        commands.plan,
+        commands.compare,
+        exchange.import_published,
+        commands.data_bench,
+        watching.profile,
+    )
     if args.command in overridable and not any(text.startswith("-") for text in rest):
         # argparse takes overrides only up to the first option: `train CONFIG --dry-run key=value` leaves them over.
         args.overrides += rest
@@ -100,6 +107,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration, FLOPs and memory; allocate nothing"
     )
+
+    _add_plan_arguments(command("plan", commands.plan, "What a run would need on GPUs: time, memory, energy."))
 
     sample = command(
         "sample", commands.sample, "Draw images with a run or an exported model: PNG files by class, and a grid."
@@ -318,6 +327,20 @@ def _add_shard_size(parser: argparse.ArgumentParser) -> None:
 def _add_network_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inception", help="local file of torch-fidelity's Inception weights")
     parser.add_argument("--dino", help="local file of DINOv2 ViT-L/14, for FD-DINOv2")
+
+
+def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="YAML file, for example configs/imagenet256_38ep.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace those of the file")
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs of the run")
+    parser.add_argument(
+        "--gpu",
+        default="h100",
+        help="h100 (default), h200, a100, b200, l40s or 4090; or a JSON file of gpu, tflop_per_s, tb_per_s (measured)",
+    )
+    parser.add_argument("--nodes", type=int, help="nodes that they are on (default: eight GPUs each)")
+    parser.add_argument("--json", metavar="FILE", help="file to write")
+    parser.add_argument("--html", metavar="FILE", help="page with charts to write")
 
 
 def _add_model_arguments(parser: argparse.ArgumentParser) -> None:

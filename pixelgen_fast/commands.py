@@ -43,8 +43,8 @@ def dry_run(config: cfg.Config) -> int:
 
     from pixelgen_fast import models
     from pixelgen_fast.data.roots import open_root
-    from pixelgen_fast.engine import plan
     from pixelgen_fast.engine.parallel import wrap_blocks
+    from pixelgen_fast.engine.plan import describe, plan
 
     if config.run.resume is not None and not Path(config.run.resume).exists():
         raise cfg.ConfigError(f"run.resume is {config.run.resume}, and there is no such folder")
@@ -55,8 +55,18 @@ def dry_run(config: cfg.Config) -> int:
     if precision == "auto":
         precision = "fp32" if config.run.device == "cpu" else "bf16"
     print(cfg.to_yaml(config))
-    print(plan.describe(plan.plan(model, config, precision), config, precision))
+    print(describe(plan(model, config, precision), config, precision))
+    if precision == "bf16":
+        from pixelgen_fast.planning.command import hours_line
+
+        print(hours_line(config))
     return 0
+
+
+def plan(args: argparse.Namespace) -> int:
+    from pixelgen_fast.planning.command import run
+
+    return run(args)
 
 
 def _together(work: Callable[[argparse.Namespace, Team], None], args: argparse.Namespace) -> int:

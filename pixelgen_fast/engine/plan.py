@@ -99,10 +99,10 @@ class Allocations(TorchDispatchMode):
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        read = {storage._cdata for storage in _storages((args, kwargs))}
+        read = {storage._cdata for storage in storages((args, kwargs))}
         self.known |= read - self.storages.keys()
         out = func(*args, **(kwargs or {}))
-        for storage in _storages(out):
+        for storage in storages(out):
             if storage._cdata not in self.known:  # else a view
                 self.storages[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         return out
@@ -112,7 +112,8 @@ class Allocations(TorchDispatchMode):
         return sum(size for storage, size in self.storages.values() if not storage.expired())
 
 
-def _storages(tree: Any) -> list[torch.UntypedStorage]:
+def storages(tree: Any) -> list[torch.UntypedStorage]:
+    """The storage of every tensor in a tree."""
     return [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 

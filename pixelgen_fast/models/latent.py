@@ -151,6 +151,7 @@ class LatentSystem(System):
         super().__init__(settings, image_size, num_classes, tap_depth)
         self.latent_channels = settings.latent_channels
         self._draws = not settings.reads_files or settings.decoder is not None
+        self._settings = settings
         # a module that is an attribute would become a child
         self._autoencoder = (open_autoencoder(settings, image_size),)
 
@@ -167,6 +168,13 @@ class LatentSystem(System):
                 "model.encoder and model.decoder"
             )
         return self._autoencoder[0]
+
+    def read_shapes(self) -> None:
+        s = self._settings
+        if s.reads_files:
+            with torch.device("meta"):
+                encoder = load_autoencoder(s.encoder, None, grid=self.grid, layers=s.encoder_layers, keys=KEYS)
+            self._autoencoder = (encoder.to(next(self.parameters()).dtype),)
 
     def check_complete(self) -> None:
         if self.autoencoder is not None and not self._draws:

@@ -102,6 +102,10 @@ class BaseSystem(Float32Tables, ABC):
     def trial(self, batch: int) -> Tensor:
         """A forward pass of training on `batch` empty images, where the parameters are: to count FLOPs and memory."""
 
+    def read_shapes(self) -> None:
+        """Of a model on the meta device: make the frozen networks that training runs and building left away, to count
+        what they do. Reads no weights; raises ImportError where their library lacks."""
+
     def check_complete(self) -> None:
         """Raise InputError, before a run begins, for a model that lacks what images are encoded or drawn by."""
 

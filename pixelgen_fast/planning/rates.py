@@ -1,0 +1,31 @@
+"""From bytes and FLOPs to seconds: time = max(FLOP / matrix rate, bytes / bandwidth), the roofline of one operation.
+
+A kernel of ours has four modelled limits in the committed report, in microseconds at the ceilings of an H100: matrix
+products, memory, instructions issued, special functions. The first two follow the rates, the last two the
+multiprocessors and their clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pixelgen_kernels.report.gpu import H100
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s of matrix products, bytes/s of memory, and how fast instructions are issued, as a share of an H100."""
+
+    products: float
+    memory: float
+    instructions: float = 1.0
+
+    def time(self, flops: float, moved: float) -> float:
+        """Seconds of an operation that is bound by its products or by memory."""
+        return max(flops / self.products, moved / self.memory)
+
+    def time_of(self, limits: Mapping[str, float]) -> float:
+        """Seconds of a kernel from its modelled microseconds by limit, which are those at the report's ceilings."""
+        slower = {"tensor": H100.tensor_rate / self.products, "memory": H100.bandwidth / self.memory}
+        return max(us * slower.get(limit, 1.0 / self.instructions) for limit, us in limits.items()) * 1e-6
