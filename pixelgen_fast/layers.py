@@ -44,6 +44,8 @@ class Float32Tables(nn.Module):
         tables = dict(self._buffers)
         super()._apply(fn, recurse)
         for name, table in tables.items():
+            if table is None:  # a buffer that this module has none of
+                continue
             self._buffers[name] = table.to(self._buffers[name].device)
         return self
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pixelgen_fast.layers import Attention, FourierEmbedder, SwiGLU, rope_2d_axial
+from pixelgen_fast.layers import Attention, Float32Tables, FourierEmbedder, SwiGLU, rope_2d_axial
 
 
 @pytest.mark.parametrize("hidden", [16, 21])
@@ -56,3 +56,16 @@ def test_fourier_embedding_is_that_of_its_frequencies() -> None:
     h = F.linear(torch.cat([angle.sin(), angle.cos()], 1), layer.mlp[0].weight.double(), layer.mlp[0].bias.double())
     expected = F.linear(F.silu(h), layer.mlp[2].weight.double(), layer.mlp[2].bias.double())
     torch.testing.assert_close(layer(t).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_float32_tables_may_have_a_buffer_that_is_none() -> None:
+    """A network whose positions are learned has no rotary table; it is moved and cast all the same."""
+
+    class Tables(Float32Tables):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("rope", None, persistent=False)
+            self.register_buffer("table", torch.ones(2), persistent=False)
+
+    module = Tables().bfloat16()
+    assert module.rope is None and module.table.dtype == torch.float32

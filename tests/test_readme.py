@@ -10,7 +10,7 @@ from pixelgen_fast import cli, commands
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-VERBS = "train|sample|evaluate|report|profile|demo|export|push|import|teacher|decoder|latents|compare|data|kernels"
+VERBS = "train|plan|sample|evaluate|report|profile|demo|export|push|import|teacher|decoder|latents|compare|data|kernels"
 COMMANDS = sorted(set(re.findall(rf"`([^`\n]*\bpixelgen(?:_fast)? (?:{VERBS}) [^`]*)`", TEXT)))
 
 

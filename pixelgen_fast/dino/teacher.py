@@ -24,7 +24,8 @@ class Teacher(nn.Module):
     """A frozen vision transformer with its own preprocessing: forward(images uint8 [B, S, S, 3]) -> [B, L, D].
 
     network: as `load_dino` gives; it is moved, cast and set to its input size in place. grid: patches a side. It runs
-    in bf16 on a GPU, with rotary tables in fp32, and in fp32 on a CPU. compile: compile the network.
+    in bf16 on a GPU and on meta, which stands for one, with rotary tables in fp32, and in fp32 on a CPU. compile:
+    compile the network.
     It never trains and takes no gradient. width: D. side: pixels of its input.
     """
 
@@ -32,7 +33,7 @@ class Teacher(nn.Module):
         super().__init__()
         device = torch.device(device)
         self.grid, self.width, self.prefix = grid, network.num_features, network.num_prefix_tokens
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
         self.side = grid * network.patch_embed.patch_size[0]
         network.set_input_size(img_size=(self.side, self.side))
         self.network = cast_network(network, device, self.dtype).requires_grad_(False).eval()

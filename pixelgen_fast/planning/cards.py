@@ -21,7 +21,15 @@ from pixelgen_fast.planning.rates import Rates
 TABLE = Path(__file__).parent / "cards.json"
 CEILINGS = ("tflop_per_s", "tb_per_s")
 SHEET = ("data_sheet_tflop_per_s", "data_sheet_tb_per_s")
-OTHERS = ("memory_gb", "link_gb_per_s", "network_gb_per_s", "power_w", "instructions", "jpeg_images_per_s")
+OTHERS = (
+    "memory_gb",
+    "link_gb_per_s",
+    "network_gb_per_s",
+    "power_w",
+    "instructions",
+    "float32_tflop_per_s",
+    "jpeg_images_per_s",
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,8 @@ class Card:
     """A GPU in FLOP/s, bytes and bytes/s; None for what is not known of it.
 
     sheet: (matrix products, memory) of its data sheet. ceilings: the same, measured. instructions: how fast it issues
-    them, as a share of an H100. jpeg_images: that its JPEG engines decode in a second. sources: of each number.
+    them, as a share of an H100. float32: products in it, as a share of those in bf16. jpeg_images: that its JPEG
+    engines decode in a second. sources: of each number.
     """
 
     name: str
@@ -40,13 +49,14 @@ class Card:
     network: float | None
     power: float | None
     instructions: float
+    float32: float
     jpeg_images: float | None
     sources: dict[str, str]
 
     @property
     def limits(self) -> Rates:
         """What no step passes: the measured ceilings where there are any, else the data sheet."""
-        return Rates(*(self.ceilings or self.sheet), self.instructions)
+        return Rates(*(self.ceilings or self.sheet), self.instructions, self.float32)
 
 
 @cache
@@ -90,6 +100,8 @@ def _card(entry: dict[str, Any], sources: dict[str, str], given: str) -> Card:
         value = entry.get(key)
         if value is not None and not (type(value) in (int, float) and 0 < value < float("inf")):
             raise InputError(f"--gpu {given}: {key} is {value!r}; it must be a number above 0")
+    # what is not known is as on an H100
+    sheet = entry.get(SHEET[0]) or entry[CEILINGS[0]]
     giga = {key: entry[key] * 1e9 if key in entry else None for key in OTHERS[:3]}
     return Card(
         name=entry["gpu"],
@@ -100,6 +112,7 @@ def _card(entry: dict[str, Any], sources: dict[str, str], given: str) -> Card:
         network=giga["network_gb_per_s"],
         power=entry.get("power_w"),
         instructions=entry.get("instructions", 1.0),
+        float32=entry.get("float32_tflop_per_s", 67 / 989 * sheet) / sheet,
         jpeg_images=entry.get("jpeg_images_per_s"),
         sources=sources,
     )

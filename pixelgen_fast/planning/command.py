@@ -42,8 +42,11 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def estimate(config: cfg.Config, gpu: str, gpus: int, nodes: int | None = None) -> Estimate:
-    """The plan of a configuration. nodes: None for nodes of eight GPUs. Raises InputError as `run` does."""
+def estimate(config: cfg.Config, gpu: str, gpus: int, nodes: int | None = None, memory: bool = True) -> Estimate:
+    """The plan of a configuration. nodes: None for nodes of eight GPUs. memory: as `trace_step` takes it.
+
+    Raises InputError as `run` does.
+    """
     if gpus < 1:
         raise InputError(f"--gpus is {gpus}; it must be at least 1")
     if nodes is None:
@@ -57,7 +60,7 @@ def estimate(config: cfg.Config, gpu: str, gpus: int, nodes: int | None = None) 
     machine = Machine(find_card(gpu), gpus, nodes)
     cfg.check_world(config, gpus)
     ring_rate(machine.card, gpus, nodes)
-    return Estimate(trace_step(config, gpus), machine)
+    return Estimate(trace_step(config, gpus, memory), machine)
 
 
 def usual_gpus(config: cfg.Config) -> int:
@@ -69,7 +72,7 @@ def usual_gpus(config: cfg.Config) -> int:
 def hours_line(config: cfg.Config) -> str:
     """The hours of a run on H100s, in one line, for `--dry-run`."""
     gpus = usual_gpus(config)
-    found = estimate(config, "h100", gpus)
+    found = estimate(config, "h100", gpus, memory=False)
     floor, planned, slow = (found.hours(case, config.train.images) for case in CASES)
     return (
         f"hours              {planned:.1f} planned on {gpus} H100, {floor:.1f} at the floor, {slow:.1f} pessimistic; "

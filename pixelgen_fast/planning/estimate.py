@@ -55,9 +55,11 @@ def rates_of(card: Card) -> dict[str, Rates]:
     slow = Rates(ceilings.products / SLOWER, ceilings.memory / SLOWER, 1 / SLOWER)
     shares = dict(zip(CASES, (one, block, slow), strict=True))
     return {
-        name: Rates(limits.products * s.products, limits.memory * s.memory, limits.instructions * s.instructions)
+        name: Rates(
+            limits.products * s.products, limits.memory * s.memory, limits.instructions * s.instructions, limits.float32
+        )
         for name, s in shares.items()
-    }
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -189,6 +191,11 @@ class Estimate:
         engines = self.machine.card.jpeg_images
         share = None if engines is None else self.images_per_second(case) / engines
         return needed, needed / CORE_IMAGES, share
+
+    @property
+    def scales(self) -> bool:
+        """Whether what more GPUs give can be told: the card's link and network are known."""
+        return self.machine.card.link is not None and self.machine.card.network is not None
 
     def scaled(self, gpus: int, case: str) -> float:
         """Images a second of `gpus` GPUs, each with the images of this plan; nodes of 8 beyond 8.

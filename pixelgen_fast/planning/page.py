@@ -28,7 +28,7 @@ def write_page(e: Estimate, changes: Sequence[Change], name: str, path: Path) ->
         ("Time of a step by part", charts.stacked(e)),
         ("Roofline: the operations with matrix products, the area being their time", charts.roofline(e)),
     ]
-    if e.machine.card.link is not None and e.machine.card.network is not None:
+    if e.scales:
         title = "From 1 to 1,024 GPUs, each with the same images, eight a node; right: share of one GPU alone"
         figures.append((title, charts.scaling(e)))
     found = {table.title: table for table in tables(e, list(changes))}

@@ -15,15 +15,17 @@ from pixelgen_kernels.report.gpu import H100
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s of matrix products, bytes/s of memory, and how fast instructions are issued, as a share of an H100."""
+    """FLOP/s of bf16 matrix products, bytes/s of memory, how fast instructions are issued, as a share of an H100, and
+    FLOP/s of float32 products, as a share of those of bf16."""
 
     products: float
     memory: float
     instructions: float = 1.0
+    float32: float = 67 / 989
 
-    def time(self, flops: float, moved: float) -> float:
-        """Seconds of an operation that is bound by its products or by memory."""
-        return max(flops / self.products, moved / self.memory)
+    def time(self, flops: float, moved: float, wide: bool = False) -> float:
+        """Seconds of an operation that is bound by its products or by memory. wide: its products are of float32."""
+        return max(flops / self.products / (self.float32 if wide else 1.0), moved / self.memory)
 
     def time_of(self, limits: Mapping[str, float]) -> float:
         """Seconds of a kernel from its modelled microseconds by limit, which are those at the report's ceilings."""

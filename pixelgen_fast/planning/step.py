@@ -9,6 +9,7 @@ Recomputation is traced as it runs: what backward computes again is a phase of i
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 
@@ -63,8 +64,9 @@ def report() -> Modelled:
     return modelled(MODELS.values(), BASELINE) if BASELINE.exists() else Modelled()
 
 
-def trace_step(config: Config, world: int) -> Step:
-    """Trace a bf16 run's step on `world` ranks on the meta device.
+def trace_step(config: Config, world: int, memory: bool = True) -> Step:
+    """Trace a bf16 run's step on `world` ranks on the meta device. memory: False follows no tensor's life, for who asks
+    for times alone; kept and peak are then nothing.
 
     Raises InputError for a system whose step cannot be traced by shapes alone, and what building the parts raises.
     """
@@ -73,7 +75,8 @@ def trace_step(config: Config, world: int) -> Step:
     trained = [p for p in module.parameters() if p.requires_grad]
     trace, parts = Trace(config.train.micro_batch), Parts(module)
     lives = Lifetimes([*module.parameters(), *module.buffers()], lambda: parts.now()[0])
-    with gpu_bodies(), gpu_kernels(fused_norms=True), parts.watching(), Recorder(trace, report(), parts.now), lives:
+    followed = lives if memory else nullcontext()
+    with gpu_bodies(), gpu_kernels(fused_norms=True), parts.watching(), Recorder(trace, report(), parts.now), followed:
         try:
             loss = _forward(module, config)
             kept = {part: size / trace.batch for part, size in lives.kept().items()}

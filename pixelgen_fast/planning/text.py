@@ -44,7 +44,7 @@ def as_data(e: Estimate, changes: list[Change]) -> dict[str, Any]:
             }
             for stage in (1, 2, 3)
         },
-        "scaling": {str(n): e.scaled(n, "planned") for n in (2**k for k in range(11))} if m.card.link else None,
+        "scaling": {str(n): e.scaled(n, "planned") for n in (2**k for k in range(11))} if e.scales else None,
         "changes": [vars(change) for change in changes],
     }
 

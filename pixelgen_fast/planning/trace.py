@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pixelgen_kernels.launch import Started, recording
 from pixelgen_kernels.registration import LAUNCHERS, NAMESPACE
 from pixelgen_kernels.registry import OPERATORS
@@ -37,7 +38,8 @@ Limits = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Operation:
-    """One dispatched operation. limits: of its launches, as the report models them."""
+    """One dispatched operation. limits: of its launches, as the report models them. wide: its products are of nothing
+    in bf16."""
 
     name: str
     part: str
@@ -46,11 +48,12 @@ class Operation:
     bytes: int
     flops: int
     limits: tuple[Limits, ...] = ()
+    wide: bool = False
 
     def seconds(self, rates: Rates) -> float:
         # without a modelled time, the tensors alone say how long it takes
         ours = sum(rates.time_of(limits) for limits in self.limits)
-        return max(rates.time(self.flops, self.bytes), ours)
+        return max(rates.time(self.flops, self.bytes, self.wide), ours)
 
 
 @dataclass
@@ -116,7 +119,8 @@ class Recorder(TorchDispatchMode):
         started = self.launches(func, args, kwargs)
         limits = tuple(found for launch in started if (found := self.ours.of(launch)) is not None)
         moved = sum(read.values()) + sum(written.values())
-        self.into.operations.append(Operation(name, *self.now(), len(started) or 1, moved, flops, limits))
+        wide = flops > 0 and all(x.dtype != torch.bfloat16 for x in tree_leaves(args) if isinstance(x, Tensor))
+        self.into.operations.append(Operation(name, *self.now(), len(started) or 1, moved, flops, limits, wide))
         return out
 
     def launches(self, func: Any, args: Any, kwargs: Any) -> list[Started]:
