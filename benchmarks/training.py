@@ -25,8 +25,9 @@ from pixelgen_fast.data import Batch
 from pixelgen_fast.engine.graph import capture, check_graph
 from pixelgen_fast.engine.metrics import forward_flops
 from pixelgen_fast.engine.objective import FlowMatching
-from pixelgen_fast.engine.optimizer import AdamWEMA, run_optimizer
+from pixelgen_fast.engine.optimizer import AdamWEMA
 from pixelgen_fast.engine.parallel import wrap_blocks
+from pixelgen_fast.engine.run_optimizer import run_optimizer
 from pixelgen_fast.engine.step import training_step
 
 try:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from pixelgen_fast.optimizer import Optimizer, check_optimizer
 from pixelgen_fast.overrides import Override, explain, merge, override_layers, read_layers
 from pixelgen_fast.settings import (
     SEEDS,
@@ -125,30 +126,6 @@ class Alignment:
     compile: bool = False
     # a folder to keep the teacher's features in, for data sets whose features fit on the disk
     cache: str | None = None
-
-
-@dataclass
-class Drop:
-    at_images: int
-    lr: float
-
-
-@dataclass
-class Optimizer:
-    lr: float = above(0, default=1e-4)
-    betas: tuple[float, float] = within(0, 1, open_high=True, default=(0.9, 0.999))
-    eps: float = above(0, default=1e-8)
-    weight_decay: float = at_least(0, default=0.0)
-    # largest global gradient norm; None: no clipping
-    clip: float | None = above(0, default=1.0)
-    # decays of the averages that are kept, between 0 and 1; the first is the one that is drawn, judged and exported
-    ema: list[float] = field(default_factory=lambda: [0.9999])
-    # min(decay, (1 + s) / (10 + s)) after s steps, for short runs
-    ema_warmup: bool = False
-    warmup_images: int = at_least(0, default=0)
-    # stepped: the rate of the last of `drops`; linear: straight from each of them to the next, then constant
-    schedule: Literal["constant", "cosine", "stepped", "linear"] = "constant"
-    drops: list[Drop] = field(default_factory=list)
 
 
 @dataclass
@@ -296,7 +273,7 @@ def validate(config: Config) -> None:
             f"model.num_heads {config.model.num_heads} does not divide model.hidden_size {config.model.hidden_size}"
         )
     _check_path(config.objective)
-    _check_optimizer(config)
+    check_optimizer(config.optimizer, config.train.images, config.train.zero_stage)
     _check_step(config)
     _check_interval(config.sample, "sample.")
     _check_alignment(config.alignment, config.data)
@@ -343,21 +320,6 @@ def _check_path(o: Objective) -> None:
         )
     if not o.release[0] < o.release[1]:
         raise ConfigError(f"objective.release is {list(o.release)}; the first must be below the second")
-
-
-def _check_optimizer(config: Config) -> None:
-    p = config.optimizer
-    if len(set(p.ema)) != len(p.ema) or not p.ema or not all(0 < decay < 1 for decay in p.ema):
-        raise ConfigError(f"optimizer.ema is {p.ema}; give one or more different decays between 0 and 1")
-    uses_drops = p.schedule in ("stepped", "linear")
-    if p.drops and not uses_drops:
-        raise ConfigError(f"optimizer.drops goes with optimizer.schedule stepped or linear, and it is {p.schedule}")
-    if uses_drops and not p.drops:
-        raise ConfigError(f"optimizer.schedule is {p.schedule}; give optimizer.drops: [{{at_images: N, lr: X}}, ...]")
-    if [drop.at_images for drop in p.drops] != sorted({drop.at_images for drop in p.drops}):
-        raise ConfigError(f"optimizer.drops at {[drop.at_images for drop in p.drops]} images; they must increase")
-    if p.warmup_images >= config.train.images:
-        raise ConfigError(f"optimizer.warmup_images {p.warmup_images} is not below train.images {config.train.images}")
 
 
 def _check_step(config: Config) -> None:

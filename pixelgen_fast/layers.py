@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +81,10 @@ class Attention(nn.Module):
     """Self-attention with a packed projection, QK-norm and rotary embedding. [B, L, D] -> [B, L, D].
 
     dropout: in training, of the output. qk_norm: False rotates queries and keys as they are.
+    stacked, here and below: how many matrices the weight of a child packs (models/matrices.py).
     """
+
+    stacked: ClassVar[dict[str, int]] = {"qkv": 3}
 
     def __init__(
         self, dim: int, num_heads: int, qkv_bias: bool = False, dropout: float = 0.0, qk_norm: bool = True
@@ -125,6 +129,7 @@ class SwiGLU(nn.Module):
     """
 
     MULTIPLE = 16
+    stacked: ClassVar[dict[str, int]] = {"w13": 2}
 
     def __init__(self, dim: int, hidden: int, bias: bool = False, dropout: float = 0.0) -> None:
         super().__init__()
@@ -155,6 +160,8 @@ class ViTBlock(nn.Module):
     The keys' bias adds the same to all scores of a query and cancels in the softmax. Its gradient would be nothing but
     rounding, which AdamW scales up to steps, so it gets none.
     """
+
+    stacked: ClassVar[dict[str, int]] = {"qkv": 3}
 
     def __init__(self, dim: int, num_heads: int, hidden: int, eps: float, dropout: float = 0.0) -> None:
         super().__init__()

@@ -22,6 +22,7 @@ Recompute = Literal["none", "operators", "blocks"]
 Solver = Literal["euler", "heun", "adams2"]
 PathKind = Literal["linear", "energy_guided"]
 Device = Literal["auto", "cpu", "cuda"]
+MuonScale = Literal["match_rms_adamw", "original"]
 
 # what torch's generators take; the noise has their last 64 bits as its key
 SEEDS = (-(2**63), 2**64 - 1)

@@ -28,8 +28,8 @@ from pixelgen_fast.engine.heartbeat import Heartbeat
 from pixelgen_fast.engine.memory import keep_freed_memory
 from pixelgen_fast.engine.metrics import forward_flops
 from pixelgen_fast.engine.objective import TrainingObjective, build_objective
-from pixelgen_fast.engine.optimizer import run_optimizer
 from pixelgen_fast.engine.parallel import wrap_blocks
+from pixelgen_fast.engine.run_optimizer import run_optimizer
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.models.system import BaseSystem
 from pixelgen_fast.runs import checkpoint

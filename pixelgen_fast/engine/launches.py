@@ -22,8 +22,9 @@ from pixelgen_fast import models
 from pixelgen_fast.engine import masters
 from pixelgen_fast.engine.alignment import build_alignment
 from pixelgen_fast.engine.objective import TrainingObjective, build_objective
-from pixelgen_fast.engine.optimizer import AdamWEMA, run_optimizer
+from pixelgen_fast.engine.optimizer import AdamWEMA
 from pixelgen_fast.engine.parallel import wrap_blocks
+from pixelgen_fast.engine.run_optimizer import run_optimizer
 
 META = torch.device("meta")
 INT32 = 2**31
@@ -92,7 +93,9 @@ def optimizer_launches(optimizer: AdamWEMA, sharded: bool, multiprocessors: int 
             optimizer.step()
         return started
     with META:
-        groups = [group | {"params": _shards(group["params"])} for group in optimizer.param_groups]
+        # Muon's group starts products of PyTorch and no kernel of ours
+        groups = [group for group in optimizer.param_groups if "stacked" not in group]
+        groups = [group | {"params": _shards(group["params"])} for group in groups]
         flat = AdamWEMA(groups, ema_decays=optimizer.ema_decays, ema_warmup=optimizer.ema_warmup, clip_norm=1.0)
     return optimizer_launches(flat, False, multiprocessors)
 

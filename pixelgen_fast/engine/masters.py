@@ -17,7 +17,7 @@ import torch
 from pixelgen_kernels.adamw_ema import WIDE
 from torch import Tensor, nn
 
-from pixelgen_fast.engine.optimizer import AdamWEMA
+from pixelgen_fast.engine.optimizer import AdamWEMA, Place
 
 
 def keeper_of_state(dtype: str, stage: int, world: int, accumulation: int) -> Literal["shards", "masters", "module"]:
@@ -62,6 +62,7 @@ class Masters:
             self.flat.append((master, gradient))
             group["params"] = [master]
             optimizer.copies[master] = weights
+        optimizer.locate({p: Place(master, start, 0, p.numel()) for p, (master, start) in self.places.items()})
 
     def of(self, parameter: nn.Parameter) -> tuple[nn.Parameter, int]:
         """(flat master, first element there) of a parameter of the module."""

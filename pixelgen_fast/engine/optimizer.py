@@ -15,19 +15,35 @@ gradient is clipped by a factor that the same pass applies. All of it stays on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from pixelgen_kernels.adamw_ema import adamw_ema_foreach, total_norm
 from torch import Tensor, nn
 
-from pixelgen_fast.config import Optimizer
 from pixelgen_fast.runs.checkpoint import ema_key
 
 APPLIED, SKIPPED, SKIPPED_IN_A_ROW = range(3)
 COUNTERS = ("step", "skipped", "skipped_in_a_row")
-EVEN = 8  # bf16 numbers in 16 bytes
+
+
+class Now(NamedTuple):
+    """Of one step, on the device: its number, 1 for the first; whether it must change nothing; what multiplies the
+    gradient."""
+
+    step: Tensor
+    skip: Tensor
+    grad_scale: float | Tensor
+
+
+class Place(NamedTuple):
+    """Elements [start, start + length) of a flattened parameter are those of `holder`, flattened, from `offset` on."""
+
+    holder: Tensor
+    offset: int
+    start: int
+    length: int
 
 
 class AdamWEMA(torch.optim.Optimizer):
@@ -44,6 +60,8 @@ class AdamWEMA(torch.optim.Optimizer):
 
     Raises ValueError for decays, betas, learning rates or weight decays out of range.
     """
+
+    stages = (1, 2, 3)  # of ZeRO, at which it can be used
 
     def __init__(
         self,
@@ -69,7 +87,7 @@ class AdamWEMA(torch.optim.Optimizer):
             raise ValueError(f"clip_norm must be positive, or None for no clipping, got {clip_norm}")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, ema=True))
         for number, group in enumerate(self.param_groups):
-            _check_group(number, group)
+            check_group(number, group)
         device = self.param_groups[0]["params"][0].device
         self.counters = torch.zeros(3, dtype=torch.int64, device=device)
 
@@ -77,13 +95,20 @@ class AdamWEMA(torch.optim.Optimizer):
         """The average keys of a group's parameters; none if the group is not averaged."""
         return [ema_key(d) for d in self.ema_decays] if group["ema"] else []
 
+    def moments(self, group: dict[str, Any]) -> list[str]:
+        """The keys of a group's moments, which begin at zero."""
+        return ["exp_avg", "exp_avg_sq"]
+
+    def locate(self, places: Mapping[nn.Parameter, Place]) -> None:
+        """Be told where this rank's pieces of parameters lie in those it steps, which AdamW need not know."""
+
     @torch.no_grad()
     def init_state(self, param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
         """Make a parameter's state if it has none: zero moments, averages equal to the weights."""
         state = self.state[param]
         if not state:
-            state["exp_avg"] = torch.zeros_like(param)
-            state["exp_avg_sq"] = torch.zeros_like(param)
+            for key in self.moments(group):
+                state[key] = torch.zeros_like(param)
             for key in self.ema_keys(group):
                 state[key] = param.detach().clone()
         return state
@@ -95,24 +120,25 @@ class AdamWEMA(torch.optim.Optimizer):
             raise ValueError("AdamWEMA.step takes no closure: compute the loss and its gradients before the step")
         norm = self._local_norm() if self.grad_norm is None else self.grad_norm()
         skip = ~self._finite(norm)
-        step = self.counters[APPLIED] + 1
-        decays = self._decays(step)
-        scale = self._clip_scale(norm)
+        now = Now(self.counters[APPLIED] + 1, skip, self._clip_scale(norm))
         for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            params = [param for param in group["params"] if param.grad is not None]
-            states = [self.init_state(param, group) for param in params]
-            keys = self.ema_keys(group)
-            adamw_ema_foreach(
-                params, [param.grad for param in params], [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states], [[s[key] for s in states] for key in keys],
-                lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
-                step=step, skip=skip, ema_decays=decays[: len(keys)], grad_scale=scale,
-                bf16_outs=[self.copies.get(param) for param in params],
-            )  # fmt: skip
+            self.update(group, [param for param in group["params"] if param.grad is not None], now)
         if self.grad_norm is None:
             self.norm = norm
             self.end_step(norm)
+
+    def update(self, group: dict[str, Any], params: list[Tensor], now: Now) -> None:
+        """The step of those of a group's parameters that have gradients."""
+        beta1, beta2 = group["betas"]
+        states = [self.init_state(param, group) for param in params]
+        keys = self.ema_keys(group)
+        adamw_ema_foreach(
+            params, [param.grad for param in params], [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states], [[s[key] for s in states] for key in keys],
+            lr=group["lr"], beta1=beta1, beta2=beta2, eps=group["eps"], weight_decay=group["weight_decay"],
+            step=now.step, skip=now.skip, ema_decays=self.decays(now.step)[: len(keys)], grad_scale=now.grad_scale,
+            bf16_outs=[self.copies.get(param) for param in params],
+        )  # fmt: skip
 
     @torch.no_grad()
     def end_step(self, norm: Tensor | float) -> None:
@@ -123,9 +149,9 @@ class AdamWEMA(torch.optim.Optimizer):
         self.counters[SKIPPED_IN_A_ROW] = (self.counters[SKIPPED_IN_A_ROW] + 1) * (1 - finite)
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of every group for the next step."""
+        """Set the learning rate of the next step: that of every group, multiplied by its `lr_factor`, if it has one."""
         for group in self.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
 
     def scalars(self) -> dict[str, int]:
         """The counters as plain numbers, for a checkpoint. Waits for the device."""
@@ -135,7 +161,8 @@ class AdamWEMA(torch.optim.Optimizer):
         """Set the counters from what `scalars` gave."""
         self.counters.copy_(torch.tensor([scalars[name] for name in COUNTERS]))
 
-    def _decays(self, step: Tensor) -> list[float | Tensor]:
+    def decays(self, step: Tensor) -> list[float | Tensor]:
+        """Those of the averages in a step."""
         if not self.ema_warmup:
             return list(self.ema_decays)
         warm = (1.0 + step.to(torch.float64)) / (10.0 + step)
@@ -155,30 +182,8 @@ class AdamWEMA(torch.optim.Optimizer):
         return total_norm(grads)
 
 
-def run_optimizer(settings: Optimizer, model: nn.Module, alignment: nn.Module | None) -> AdamWEMA:
-    """The optimizer of a run: over what the model trains, and over the projector of its alignment, not averaged.
-
-    Parameters of odd sizes come last: ZeRO cuts all from one buffer, in this order, and behind one of them no other
-    would begin at a multiple of 16 bytes, which matrix products and our kernels are fastest with.
-    """
-    trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": sorted(trained, key=lambda p: p.numel() % EVEN != 0)}]
-    projector = [] if alignment is None else list(alignment.parameters())
-    if projector:
-        groups.append({"params": projector, "ema": False})
-    return AdamWEMA(
-        groups,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        ema_decays=settings.ema,
-        ema_warmup=settings.ema_warmup,
-        clip_norm=settings.clip,
-    )
-
-
-def _check_group(number: int, group: dict[str, Any]) -> None:
+def check_group(number: int, group: dict[str, Any]) -> None:
+    """Raise ValueError for betas, a learning rate or a weight decay that is out of range."""
     beta1, beta2 = group["betas"]
     if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
         raise ValueError(f"param group {number}: betas must be in [0, 1), got {group['betas']}")

@@ -31,6 +31,7 @@ from pixelgen_fast.models.system import BaseSystem
 class Plan:
     """parameters; forward FLOPs of an image; activation bytes of an image; bytes of a weight; averages kept.
 
+    by_muon: how many of the parameters Muon trains, with one moment instead of two.
     alignment_flops: of an image, of the teacher and of the projector, both forward; None where nothing is aligned.
     """
 
@@ -40,12 +41,13 @@ class Plan:
     weight_bytes: int
     averages: int
     alignment_flops: tuple[int, int] | None = None
+    by_muon: int = 0
 
     def state_bytes(self, stage: int, world: int) -> float:
         """Bytes of weights, gradients and optimizer state on each of `world` ranks at a ZeRO stage."""
         weights, gradients = self.weight_bytes * self.parameters, 4 * self.parameters
         # DeepSpeed keeps an fp32 master copy beside the weights, in an fp32 run too.
-        optimizer = 4 * (3 + self.averages) * self.parameters
+        optimizer = 4 * (3 + self.averages) * self.parameters - 4 * self.by_muon
         shared = (optimizer, gradients, weights)[:stage]
         whole = (optimizer, gradients, weights)[stage:]
         return sum(shared) / world + sum(whole)
@@ -69,6 +71,7 @@ def plan(model: BaseSystem, config: Config, precision: str) -> Plan:
         weight_bytes=2 if precision == "bf16" else 4,
         averages=len(config.optimizer.ema),
         alignment_flops=aligned,
+        by_muon=sum(p.numel() for p in model.matrices()) if config.optimizer.name == "muon" else 0,
     )
 
 
@@ -136,7 +139,7 @@ def describe(p: Plan, config: Config, precision: str, worlds: tuple[int, ...] = 
         teacher, projector = (flops / 1e9 for flops in p.alignment_flops)
         alignment = [f"{'':<19}{teacher:.2f} teacher forward, {3 * projector:.2f} projector forward and backward"]
     lines = [
-        f"parameters         {p.parameters:,}",
+        f"parameters         {p.parameters:,}" + (f", of which Muon trains {p.by_muon:,}" if p.by_muon else ""),
         f"GFLOPs per image   {p.flops / 1e9:.2f} forward, {3 * p.flops / 1e9:.2f} forward and backward"
         " (2 per multiply-add)",
         *alignment,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 
-from pixelgen_fast.config import Optimizer
+from pixelgen_fast.optimizer import Optimizer
 
 
 def learning_rate(optimizer: Optimizer, nimg: int, total: int) -> float:

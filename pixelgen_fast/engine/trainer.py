@@ -47,6 +47,7 @@ FIXED = (
     "alignment.layer",
     "alignment.projector",
     "alignment.projector_hidden",
+    "optimizer.name",
 )
 
 

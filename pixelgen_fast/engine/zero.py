@@ -31,7 +31,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pixelgen_fast.engine import group, masters
-from pixelgen_fast.engine.optimizer import SKIPPED, SKIPPED_IN_A_ROW, AdamWEMA
+from pixelgen_fast.engine.optimizer import SKIPPED, SKIPPED_IN_A_ROW, AdamWEMA, Place
+from pixelgen_fast.engine.zero_options import check, merged, options
 from pixelgen_fast.runs.checkpoint import ema_key
 
 if not torch.cuda.is_available():
@@ -45,8 +46,6 @@ log = logging.getLogger(__name__)
 
 MASTER = "master"
 RAW = "raw"
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_BUCKET_ELEMENTS = 200_000_000
 
 # An empty table of what can be compiled: on CPU DeepSpeed would probe the compiler and build a shared-memory
 # all-reduce when the first engine starts, a minute for a collective that gloo has.
@@ -108,9 +107,11 @@ class ZeroEngine:
         overrides: dict[str, Any] | None = None,
     ) -> None:
         dtypes = (dtype, communication_dtype, accumulation_dtype)
-        _check(stage, micro_batch, accumulation, dtypes)
+        check(stage, micro_batch, accumulation, dtypes)
+        if stage not in optimizer.stages:
+            raise ValueError(f"{type(optimizer).__name__} works at ZeRO stages {optimizer.stages}, got {stage}")
         self._parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        self._ema_keys = _ema_keys_by_name(self._parameters, optimizer)
+        self._groups = _groups_by_name(self._parameters, optimizer)
         self.shapes = {name: tuple(p.shape) for name, p in self._parameters.items()}
         self.stage, self.optimizer = stage, optimizer
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -119,7 +120,7 @@ class ZeroEngine:
         keeper = masters.keeper_of_state(dtype, stage, self.world, accumulation)
         self._sharded, own_masters = keeper == "shards", keeper == "masters"
         given = ("fp32",) * 3 if own_masters else dtypes
-        config = _config(stage if self._sharded else 0, micro_batch, accumulation, self.world, given, numel)
+        config = options(stage if self._sharded else 0, micro_batch, accumulation, self.world, given, numel)
 
         if stage == 3:
             for whole in whole_modules:
@@ -127,7 +128,7 @@ class ZeroEngine:
         if dtype == "bf16" and self._sharded:
             # DeepSpeed casts parameters only; the module casts its buffers too, and knows those that keep float32
             module.bfloat16()
-        self._engine = _initialize(module, optimizer, _merged(config, overrides or {}))
+        self._engine = _initialize(module, optimizer, merged(config, overrides or {}))
         self._zero = self._engine.optimizer
         if own_masters:
             module.bfloat16()
@@ -138,6 +139,8 @@ class ZeroEngine:
         self._norm = torch.zeros((), device=device)
         self._make_state()
         self._pieces = {name: self._piece(name, p) for name, p in self._parameters.items()}
+        if self._sharded and stage < 3:
+            optimizer.locate({p: self._place(name) for name, p in self._parameters.items()})
 
     def _take_norm_from_shards(self) -> None:
         if self._sharded:
@@ -199,8 +202,9 @@ class ZeroEngine:
         return list(self._parameters)
 
     def kinds(self, name: str) -> list[str]:
-        """What there is of a parameter: `master`, `exp_avg`, `exp_avg_sq`, and `ema_<decay>` for each average."""
-        return [MASTER, "exp_avg", "exp_avg_sq", *self._ema_keys[name]]
+        """What there is of a parameter: `master`, the optimizer's moments, and `ema_<decay>` for each average."""
+        group = self._groups[name]
+        return [MASTER, *self.optimizer.moments(group), *self.optimizer.ema_keys(group)]
 
     @torch.no_grad()
     def gather(self, name: str, kinds: list[str] | None = None, to: int | None = None) -> dict[str, Tensor]:
@@ -319,6 +323,13 @@ class ZeroEngine:
         views = {MASTER: mapping.get_hp_fragment()} | {key: mapping.get_hp_fragment(key) for key in keys}
         return _Piece(mapping.lp_fragment_address.start, {kind: view.detach() for kind, view in views.items()})
 
+    def _place(self, name: str) -> Place:
+        """Where this rank's piece lies in the shard of its group, at stages 1 and 2."""
+        piece, (flat,) = self._pieces[name], self._groups[name]["params"]
+        master = piece.state[MASTER]
+        offset = master.storage_offset() - flat.storage_offset() if master.numel() else 0
+        return Place(flat, offset, piece.start, master.numel())
+
     def _set_module_parameter(self, name: str, master: Tensor) -> None:
         param = self._parameters[name]
         if self.stage == 3:
@@ -330,27 +341,15 @@ class ZeroEngine:
             param.data.copy_(master)
 
 
-def _ema_keys_by_name(parameters: dict[str, nn.Parameter], optimizer: AdamWEMA) -> dict[str, list[str]]:
-    keys = {id(p): optimizer.ema_keys(group) for group in optimizer.param_groups for p in group["params"]}
-    wrong = [name for name, p in parameters.items() if id(p) not in keys]
-    if wrong or len(keys) != len(parameters):
+def _groups_by_name(parameters: dict[str, nn.Parameter], optimizer: AdamWEMA) -> dict[str, dict[str, Any]]:
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    wrong = [name for name, p in parameters.items() if id(p) not in groups]
+    if wrong or len(groups) != len(parameters):
         raise ValueError(
-            f"the optimizer has {len(keys)} parameters and the module trains {len(parameters)}; not in the optimizer: "
-            f"{wrong}; give it every parameter that requires a gradient, and no other"
+            f"the optimizer has {len(groups)} parameters and the module trains {len(parameters)}; not in the "
+            f"optimizer: {wrong}; give it every parameter that requires a gradient, and no other"
         )
-    return {name: keys[id(p)] for name, p in parameters.items()}
-
-
-def _check(stage: int, micro_batch: int, accumulation: int, dtypes: tuple[str, str, str]) -> None:
-    if stage not in (1, 2, 3):
-        raise ValueError(f"ZeRO stage must be 1, 2 or 3, got {stage}; on one rank stage 1 is plain training")
-    if any(d not in _DTYPES for d in dtypes) or (dtypes[0] == "fp32" and dtypes != ("fp32",) * 3):
-        raise ValueError(
-            f"(dtype, communication_dtype, accumulation_dtype) = {dtypes}: each is one of {list(_DTYPES)}, "
-            "and an fp32 run has all three in fp32"
-        )
-    if micro_batch < 1 or accumulation < 1:
-        raise ValueError(f"micro_batch and accumulation must be at least 1, got {micro_batch} and {accumulation}")
+    return {name: groups[id(p)] for name, p in parameters.items()}
 
 
 def _initialize(module: nn.Module, optimizer: AdamWEMA, config: dict[str, Any]) -> deepspeed.DeepSpeedEngine:
@@ -361,42 +360,3 @@ def _initialize(module: nn.Module, optimizer: AdamWEMA, config: dict[str, Any]) 
         engine = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)[0]
     log.debug("DeepSpeed: %s", said.getvalue())
     return engine
-
-
-def _config(
-    stage: int, micro_batch: int, accumulation: int, world: int, dtypes: tuple[str, str, str], numel: int
-) -> dict[str, Any]:
-    dtype, communication_dtype, accumulation_dtype = dtypes
-    # DeepSpeed allocates a whole bucket in every backward pass, however small the model.
-    bucket = max(1024, min(numel, _BUCKET_ELEMENTS))
-    return {
-        "train_batch_size": micro_batch * accumulation * world,
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulation,
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": {
-            "stage": stage,
-            # Stage 3 would replace torch's linear in the whole process by one that adds its bias in place, which spoils
-            # the products that recomputation keeps.
-            "memory_efficient_linear": False,
-            # Gradients are copied into one buffer in order to be communicated; one rank has nothing to communicate.
-            "contiguous_gradients": world > 1,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": 2 * bucket,
-        },
-        # The optimizer skips by the norm, on the device; DeepSpeed's own check would read it back to the host.
-        "bf16": {"enabled": dtype == "bf16", "check_grad_overflow": False},
-        "communication_data_type": communication_dtype,
-        "data_types": {"grad_accum_dtype": accumulation_dtype},
-        "steps_per_print": None,
-        "timers": {"throughput": {"enabled": False, "synchronized": False}},
-    }
-
-
-def _merged(config: dict[str, Any], overrides: dict[str, Any]) -> dict[str, Any]:
-    """config with overrides laid over it, tables merged."""
-    merged = dict(config)
-    for key, value in overrides.items():
-        merged[key] = _merged(config[key], value) if isinstance(config.get(key), dict) else value
-    return merged

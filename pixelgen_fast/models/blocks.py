@@ -11,7 +11,7 @@ Shapes: B batch, L tokens, D width, T = B L.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from einops import rearrange
 from pixelgen_kernels import norm_modulate
@@ -38,6 +38,8 @@ class TransformerBlock(nn.Module):
     qk_norm: as Attention has it. modulated: False is a block without AdaLN, which reads no condition and whose gates
     are 1.
     """
+
+    stacked: ClassVar[dict[str, int]] = {"modulation": 0}
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ Shapes: B batch, L patches, P pixels per patch, N = B L, D width, C decoder chan
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -71,6 +72,8 @@ class PixelEmbed(nn.Linear):
 
 class DecoderBlock(nn.Module):
     """Residual MLP on every pixel, modulated by the pixel's own condition y: [N, P, C], [N, P, C] -> [N, P, C]."""
+
+    stacked: ClassVar[dict[str, int]] = {"modulation": 0}
 
     def __init__(self, channels: int) -> None:
         super().__init__()

@@ -25,6 +25,7 @@ from pixelgen_fast.errors import InputError
 from pixelgen_fast.layers import patchify, unpatchify
 from pixelgen_fast.models import pixeldit
 from pixelgen_fast.models.built_on import DINO, BuiltOn
+from pixelgen_fast.models.matrices import Matrices, matrices_of
 from pixelgen_fast.models.system import width_setting
 
 KEYS = ("model.dino", "model.weights")
@@ -107,6 +108,10 @@ class DinoStudent(pixeldit.PixelDiT):
 
     def blocks(self) -> list[nn.Module]:
         return [*super().blocks(), *self.dino.network.blocks]
+
+    def matrices(self) -> Matrices:
+        """Without the DINO: AdamW has trained it, and goes on with it or with its LoRA."""
+        return matrices_of(super().blocks())
 
     def whole_modules(self) -> list[nn.Module]:
         # Without the DINO: ZeRO-3 frees a whole module too early whose input, here z, takes no gradient. It finds the

@@ -9,6 +9,8 @@ Shapes: M rows, L tokens, D width, H heads of d.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch.nn.functional as F
 from einops import rearrange
 from pixelgen_kernels import rotate
@@ -37,6 +39,8 @@ class LlamaAttention(nn.Module):
 
     cos, sin: [L, d / 2]. past: of the tokens before, when x is one more.
     """
+
+    stacked: ClassVar[dict[str, int]] = {"qkv": 3}
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()

@@ -11,6 +11,8 @@ Shapes: N patches of F = P C numbers, D width of z, W width of the MLP, P pixels
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,6 +26,8 @@ EPS = 1e-6
 
 class MlpBlock(nn.Module):
     """[N, W] -> [N, W], modulated by y [N, W] after its SiLU."""
+
+    stacked: ClassVar[dict[str, int]] = {"modulation": 0}
 
     def __init__(self, width: int) -> None:
         super().__init__()

@@ -77,6 +77,8 @@ class PixelBlock(nn.Module):
     the part that the pixel MLP reads. A row of either weight is (pixel, slot, channel).
     """
 
+    stacked: ClassVar[dict[str, int]] = {"modulation_attn": 0, "modulation_mlp": 0}
+
     def __init__(self, settings: Settings) -> None:
         super().__init__()
         D, C, P = settings.hidden_size, settings.pixel_hidden_size, settings.patch_size**2

@@ -26,6 +26,7 @@ from pixelgen_fast.models import ditdh
 from pixelgen_fast.models.blocks import TokenHead, TokenStream, TransformerBlock, flatten, one_by_one
 from pixelgen_fast.models.ditdh import WideHead, enter_
 from pixelgen_fast.models.latent import LatentSystem
+from pixelgen_fast.models.matrices import Matrices, all_matrices
 from pixelgen_fast.models.system import depth_setting, width_setting
 
 # a prediction, or it and the weaker one; where tokens are tapped, a pair of that and the tokens
@@ -118,6 +119,10 @@ class RAEv2(LatentSystem):
 
     def blocks(self) -> list[nn.Module]:
         return [*self.encoder_blocks, *self.head.blocks]
+
+    def matrices(self) -> Matrices:
+        """All, as published: "Muon on parameters of two dimensions"."""
+        return all_matrices(self)
 
     def whole_modules(self) -> list[nn.Module]:
         return [*self.blocks(), self.head.out, self.base]

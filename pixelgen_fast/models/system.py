@@ -27,6 +27,7 @@ from pixelgen_fast.diffusion.path import Noising, to_unit
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.layers import Float32Tables
 from pixelgen_fast.models.built_on import BuiltOn
+from pixelgen_fast.models.matrices import Matrices, matrices_of
 from pixelgen_fast.settings import above, at_least, refuse_unused
 
 
@@ -93,6 +94,13 @@ class BaseSystem(Float32Tables, ABC):
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """The modules that recomputation and compilation take one by one."""
+
+    def matrices(self) -> Matrices:
+        """The weights that Muon trains, where a run has it, with the number of matrices that each stacks.
+
+        Where a system says nothing, those of the linear layers in its blocks, without modulations.
+        """
+        return matrices_of(self.blocks())
 
     @abstractmethod
     def whole_modules(self) -> list[nn.Module]:

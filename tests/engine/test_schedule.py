@@ -2,8 +2,8 @@
 
 import pytest
 
-from pixelgen_fast.config import Drop, Optimizer
 from pixelgen_fast.engine.schedule import learning_rate
+from pixelgen_fast.optimizer import Drop, Optimizer
 
 
 def test_warmup_rises_linearly_to_the_rate() -> None:

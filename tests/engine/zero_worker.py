@@ -3,11 +3,13 @@
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pixelgen_fast.engine.muon import Muon
 from pixelgen_fast.engine.optimizer import AdamWEMA
 from pixelgen_fast.engine.zero import ZeroEngine, init_distributed
 from pixelgen_fast.runs import checkpoint
@@ -15,6 +17,9 @@ from pixelgen_fast.runs.saver import Saver
 
 STEPS, GLOBAL_BATCH, ACCUMULATION, CLIP, LR = 20, 8, 2, 0.7, 3e-3
 DECAYS = (0.9, 0.99)
+MOMENTUM, MUON_STEPS = 0.9, 6
+# stage, whether the wide matrix comes first, micro-batches a step
+MUON_RUNS = [(1, False, 1), (2, True, 4), (1, True, 4), (2, False, 1)]
 CUT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 
 
@@ -39,6 +44,47 @@ def net(dtype: torch.dtype = torch.float32) -> Net:
         if p.requires_grad and p.numel() > 1:
             p.data = torch.randn(p.shape, generator=generator) / 2
     return model.to(dtype)
+
+
+class Mixer(nn.Module):
+    """Three matrices stacked in one weight, a wide one, a tall one, and a head for AdamW. wide_first: in its order.
+
+    The 87 elements of the matrices are 44 for each of two ranks: the end of a slice cuts the wide matrix in the middle,
+    or, where that comes first, the first of the three stacked ones.
+    """
+
+    def __init__(self, wide_first: bool = False) -> None:
+        super().__init__()
+        self.packed, self.wide, self.tall, self.head = (nn.Linear(*s) for s in [(3, 9), (9, 4), (4, 6), (6, 3)])
+        generator = torch.Generator().manual_seed(4)
+        for p in self.parameters():
+            p.data = torch.randn(p.shape, generator=generator) / 2
+        self.wide_first = wide_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.packed, self.wide, self.tall):
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+    def matrices(self) -> dict[nn.Parameter, int]:
+        found = {self.packed.weight: 3, self.wide.weight: 1, self.tall.weight: 1}
+        return dict(sorted(found.items(), key=lambda one: one[0] is not self.wide.weight)) if self.wide_first else found
+
+
+def mixer_optimizer(model: Mixer, scale: str = "match_rms_adamw") -> Muon:
+    stacked = model.matrices()
+    rest = [p for p in model.parameters() if p not in stacked]
+    own = {"stacked": stacked, "momentum": MOMENTUM, "scale": scale, "steps": 5, "lr_factor": 2.0, "lr": 2 * LR}
+    groups = [{"params": [*stacked], "weight_decay": 0.1, **own}, {"params": rest}]
+    return Muon(groups, lr=LR, betas=(0.9, 0.95), ema_decays=DECAYS, clip_norm=CLIP)
+
+
+def build_mixer(stage: int, world: int, accumulation: int, wide_first: bool = False, **more: Any) -> ZeroEngine:
+    model = Mixer(wide_first)
+    return ZeroEngine(
+        model, mixer_optimizer(model), stage=stage, micro_batch=GLOBAL_BATCH // world // accumulation,
+        accumulation=accumulation, **more,
+    )  # fmt: skip
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -164,6 +210,63 @@ def own_masters() -> dict:
         start=start, state=after, norm=norm, follows=follows, untouched=same(after, state(engine)),
         skipped=engine.scalars(), rows_begin=[p.data_ptr() % 32 for p in engine._parameters.values()],
     )  # fmt: skip
+
+
+def muon(folder: Path, world: int) -> dict:
+    """A few steps at each stage, order of the matrices and accumulation; then a bad step, a checkpoint, a good one."""
+    found = {}
+    for stage, wide_first, accumulation in MUON_RUNS:
+        engine = build_mixer(stage, world, accumulation, wide_first)
+        for step in range(MUON_STEPS):
+            train(engine, step, accumulation=accumulation)
+        after = state(engine)
+        train(engine, 50, bad=float("nan"), accumulation=accumulation)
+        untouched, scalars = same(after, state(engine)), engine.scalars()
+        place = folder / f"muon-{world}" / f"{stage}-{wide_first}-{accumulation}"
+        checkpoint.save(place, engine, nimg=8 * MUON_STEPS, state={}, keep=1)
+        train(engine, MUON_STEPS, accumulation=accumulation)
+        cut = None if engine.optimizer._cut is None else engine.optimizer._cut.exchanged
+        found[stage, wide_first, accumulation] = dict(
+            state=after, norm=engine.grad_norm.item(), untouched=untouched, scalars=scalars, cut=cut, next=state(engine)
+        )
+    return found | {"bf16": muon_in_bf16(world)}
+
+
+def muon_in_bf16(world: int) -> dict:
+    """DeepSpeed's optimizers for it, and one rank's own masters."""
+    found = {}
+    runs = [(1, "fp32", 2), (1, "bf16", 2), (2, "fp32", 2)] if world > 1 else [(1, "fp32", 1)]
+    for stage, accumulated, accumulation in runs:
+        dtypes = dict(dtype="bf16", communication_dtype="bf16", accumulation_dtype=accumulated)
+        engine = build_mixer(stage, world, accumulation, **dtypes)
+        for step in range(3):
+            train(engine, step, accumulation=accumulation)
+        before = state(engine)
+        train(engine, 50, bad=float("inf"), accumulation=accumulation)
+        untouched = same(before, state(engine))
+        train(engine, 3, accumulation=accumulation)
+        after, plain = state(engine), Mixer()
+        plain.load_state_dict(engine.state_dict("raw"))
+        x = batch(99)[0].bfloat16()
+        found[stage, accumulated] = dict(
+            untouched=untouched, moved=not same(before, after), before=before,
+            follows=torch.equal(engine(x), plain.bfloat16()(x)),
+            finite=all(t.isfinite().all() for kinds in after.values() for t in kinds.values()),
+        )  # fmt: skip
+    return found
+
+
+def muon_moved(folder: Path, world: int) -> dict:
+    """Checkpoints of one rank and of two, restored here at another stage, and a step."""
+    found = {}
+    for source, (stage, wide_first, accumulation) in [(w, run) for w in (1, 2) for run in MUON_RUNS[:2]]:
+        engine = build_mixer(3 - stage, world, accumulation, not wide_first)
+        place = folder / f"muon-{source}" / f"{stage}-{wide_first}-{accumulation}"
+        checkpoint.load(checkpoint.find(place), engine)
+        here = state(engine)
+        train(engine, MUON_STEPS, accumulation=accumulation)
+        found[source, stage, wide_first, accumulation] = dict(state=here, next=state(engine))
+    return found
 
 
 def save_at_stage_3(folder: Path, world: int) -> dict:
