@@ -25,7 +25,7 @@ from pixelgen_fast.data import Batch
 from pixelgen_fast.engine.graph import capture, check_graph
 from pixelgen_fast.engine.metrics import forward_flops
 from pixelgen_fast.engine.objective import FlowMatching
-from pixelgen_fast.engine.optimizer import AdamWEMA
+from pixelgen_fast.engine.optimizer import AdamWEMA, Place
 from pixelgen_fast.engine.parallel import wrap_blocks
 from pixelgen_fast.engine.run_optimizer import run_optimizer
 from pixelgen_fast.engine.step import training_step
@@ -122,6 +122,7 @@ class PlainEngine:
                 masters = [nn.Parameter(p.detach().clone()) for p in group["params"]]
                 self.masters += zip(group["params"], masters, strict=True)
                 group["params"] = masters
+            optimizer.locate({weight: Place(master, 0, 0, master.numel()) for weight, master in self.masters})
             module.bfloat16()
 
     @property

@@ -133,6 +133,9 @@ def test_plain_types_round_trip() -> None:
         ("objective.class_drop=1.5", r"class_drop is 1.5; it lies in \[0, 1\)"),
         ("optimizer.ema=[1.0]", "decays between 0 and 1"),
         ("optimizer.schedule=stepped", "give optimizer.drops"),
+        ("optimizer.muon.momentum=0.9", "optimizer.muon is given, but optimizer.name is adamw; set it to muon"),
+        ("optimizer.muon.momentum=1", r"optimizer.muon.momentum is 1.0; it lies in \[0, 1\)"),
+        ("optimizer.muon.scale=none", "optimizer.muon.scale: .*expected one of .*'original'"),
         ("sample.interval=[0.9,0.1]", "the first must be below"),
         ("objective.sigma0=2", "objective.sigma0 is given, but objective.path is linear"),
         ("objective.release=[0.1,0.8]", "objective.release is given, but objective.path is linear"),
@@ -153,6 +156,8 @@ def test_combinations_that_cannot_work_are_refused() -> None:
         load("train.compile_blocks=true", "train.zero_stage=3")
     with pytest.raises(cfg.ConfigError, match="wrong gradients with train.zero_stage 3"):
         load("train.recompute=operators", "train.zero_stage=3")
+    with pytest.raises(cfg.ConfigError, match="muon does not go with train.zero_stage 3: it needs whole matrices"):
+        load("optimizer.name=muon", "train.zero_stage=3")
     with pytest.raises(cfg.ConfigError, match="bf16 on run.device cpu"):
         load("train.precision=bf16", "run.device=cpu")
     config = load("train.global_batch=64", "train.micro_batch=32")

@@ -7,16 +7,17 @@ ZeRO 1 and 2 lay the parameters of a group one after another and give each of W 
 
 A slice's end cuts one matrix at most, so nearly all matrices lie whole with one rank, which has nobody to ask. A cut
 one goes to the rank that has most of it, and what that rank makes of it comes back: two `all_to_all` a step, of the
-smaller parts of at most W - 1 matrices, where gathering everything everywhere would move all matrices to W - 1 ranks.
+smaller parts of at most W - 1 matrices. Of PixelDiT-XL's 214 matrices four ranks cut three and send 3.1 M numbers each
+way, 12 MB in bf16 for both ways and all ranks; gathered everywhere, 473 M would go to each, 710 MB.
 
 A parameter may stack several matrices, one over another; each is one here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,6 +42,14 @@ class _Matrix:
         return self.parts.index(max(self.parts))
 
 
+class _Message(NamedTuple):
+    """A piece of a matrix, of so many elements, that goes to another rank or comes from it."""
+
+    rank: int
+    matrix: _Matrix
+    size: int
+
+
 class CutMatrices:
     """The matrices of some parameters over all ranks.
 
@@ -57,21 +66,19 @@ class CutMatrices:
         pieces = [places[parameter] for parameter in stacked]
         matrices = list(_matrices(stacked, pieces, self._spans(pieces), self.rank))
         self._own = [m for m in matrices if m.owner == self.rank]
-        self._lent = [[m for m in matrices if m.owner == r != self.rank and m.parts[self.rank]] for r in self._ranks]
-        self._borrowed = [[m for m in self._own if r != self.rank and m.parts[r]] for r in self._ranks]
+        lent = [_Message(m.owner, m, m.parts[self.rank]) for m in matrices if m.owner != self.rank]
+        self._lent = sorted((x for x in lent if x.size), key=lambda x: x.rank)
+        others = [r for r in range(self.world) if r != self.rank]
+        self._borrowed = [_Message(r, m, m.parts[r]) for r in others for m in self._own if m.parts[r]]
         # of all ranks: what one way of the exchange moves
         self.exchanged = sum(sum(m.parts) - max(m.parts) for m in matrices)
-
-    @property
-    def _ranks(self) -> range:
-        return range(self.world)
 
     def _spans(self, pieces: list[Place]) -> list[list[tuple[int, int]]]:
         """(start, length) of each parameter's piece on each rank."""
         own = torch.tensor([(piece.start, piece.length) for piece in pieces], device=pieces[0].holder.device)
         if self.world == 1:
             return [[(piece.start, piece.length)] for piece in pieces]
-        of_ranks = [torch.empty_like(own) for _ in self._ranks]
+        of_ranks = [torch.empty_like(own) for _ in range(self.world)]
         dist.all_gather(of_ranks, own)
         return [[(s, n) for s, n in of_parameter] for of_parameter in torch.stack(of_ranks, dim=1).tolist()]
 
@@ -82,47 +89,38 @@ class CutMatrices:
         called once for each matrix, on one rank.
         """
 
-        def part(m: _Matrix) -> Tensor:
+        def own(m: _Matrix) -> Tensor:
             return flat[m.holder][m.offset : m.offset + m.parts[self.rank]]
 
-        lent = [part(m) for to_rank in self._lent for m in to_rank]
-        like = next(iter(flat.values()))
-        borrowed = self._exchange([x.to(dtype) for x in lent], self._lent, self._borrowed, like, dtype)
-        there = {(r, m): x for r, m, x in borrowed}
+        none = next(iter(flat.values())).new_empty(0, dtype=dtype)
+        lent = [own(message.matrix) for message in self._lent]
+        came = self._swap([x.to(dtype) for x in lent], self._lent, self._borrowed, none)
+        there = {(message.rank, message.matrix): x for message, x in zip(self._borrowed, came, strict=True)}
         for batch in self._batches():
-            pieces = [[part(m) if r == self.rank else there[r, m] for r in self._ranks if m.parts[r]] for m in batch]
-            whole = [torch.cat([x.to(dtype) for x in of_one]) if len(of_one) > 1 else of_one[0] for of_one in pieces]
-            stack = torch.stack([x.to(dtype) for x in whole]).unflatten(1, (batch[0].rows, batch[0].columns))
-            for of_one, result in zip(pieces, function(stack).flatten(1), strict=True):
+            pieces = [
+                [there[r, m] if (r, m) in there else own(m) for r in range(self.world) if m.parts[r]] for m in batch
+            ]
+            stack = torch.stack([torch.cat([x.to(dtype) for x in of_one]) for of_one in pieces])
+            results = function(stack.unflatten(1, (batch[0].rows, batch[0].columns))).flatten(1)
+            for of_one, result in zip(pieces, results, strict=True):
                 for piece, new in zip(of_one, result.split([x.numel() for x in of_one]), strict=True):
                     piece.copy_(new)
-        back = self._exchange([x for *_, x in borrowed], self._borrowed, self._lent, like, dtype)
-        for piece, (*_, new) in zip(lent, back, strict=True):
+        back = self._swap(came, self._borrowed, self._lent, none)
+        for piece, new in zip(lent, back, strict=True):
             piece.copy_(new)
 
-    def _exchange(
-        self,
-        pieces: list[Tensor],
-        sent: list[list[_Matrix]],
-        received: list[list[_Matrix]],
-        like: Tensor,
-        dtype: torch.dtype,
-    ) -> list[tuple[int, _Matrix, Tensor]]:
-        """Send pieces, by rank in the order of `sent`; returns (rank, matrix, piece) in the order of `received`.
-
-        A matrix that this rank owns has the other's piece on the way, one that it does not own has its own.
-        """
+    def _swap(
+        self, pieces: Sequence[Tensor], sent: list[_Message], received: list[_Message], none: Tensor
+    ) -> Sequence[Tensor]:
+        """Send pieces, one for each message, and give those that come. Both are in the order of ranks."""
         if not self.exchanged:
             return []
-        there = [(r, m, m.parts[r if m.owner == self.rank else self.rank]) for r in self._ranks for m in received[r]]
-        sizes_in = [sum(n for rank, _, n in there if rank == r) for r in self._ranks]
-        ends = list(accumulate((len(of_rank) for of_rank in sent), initial=0))
-        sizes_out = [sum(x.numel() for x in pieces[a:b]) for a, b in pairwise(ends)]
-        outgoing = torch.cat(pieces) if pieces else like.new_empty(0, dtype=dtype)
-        incoming = like.new_empty(sum(sizes_in), dtype=dtype)
-        dist.all_to_all_single(incoming, outgoing, sizes_in, sizes_out)
-        split = incoming.split([n for *_, n in there])
-        return [(r, m, x) for (r, m, _), x in zip(there, split, strict=True)]
+        sizes_out, sizes_in = (
+            [sum(x.size for x in messages if x.rank == r) for r in range(self.world)] for messages in (sent, received)
+        )
+        incoming = none.new_empty(sum(sizes_in))
+        dist.all_to_all_single(incoming, torch.cat([none, *pieces]), sizes_in, sizes_out)
+        return incoming.split([message.size for message in received])
 
     def _batches(self) -> Iterator[list[_Matrix]]:
         """This rank's matrices, those of one shape together."""

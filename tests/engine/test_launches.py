@@ -101,6 +101,17 @@ def test_what_a_run_sets_is_in_the_list() -> None:
     assert "*bf16" in pointers["bf16"] and "*bf16" not in pointers["fp32"]
 
 
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_matrices_of_muon_start_no_kernel_of_ours(ranks: int) -> None:
+    """But what of the weights is AdamW's does; the rest of the step is the same."""
+    adamw, muon = (step_launches(load("digits", f"optimizer.name={name}"), ranks=ranks) for name in ("adamw", "muon"))
+    ours = [[x for x in found if x.launch.name.startswith("adamw")] for found in (adamw, muon)]
+    assert len(adamw) - len(ours[0]) == len(muon) - len(ours[1])
+    if ranks == 1:  # one flat buffer a group, in bf16
+        rows = [sum(x.launch.rows for x in found) for found in ours]
+        assert 0 < rows[1] < rows[0]
+
+
 def test_no_weight_is_at_an_odd_place() -> None:
     """JiT-H has biases of 6826 numbers; behind one of them, ZeRO's buffer would hold the other weights unaligned."""
     config = load("jit_h_256")

@@ -13,6 +13,8 @@ from pixelgen_fast.engine.parallel import wrap_blocks
 from pixelgen_fast.engine.plan import Plan, describe, plan, saved_bytes
 from pixelgen_fast.models import pixeldit
 
+DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
+
 
 def test_state_bytes_by_stage() -> None:
     """1000 bf16 parameters, one average: 2 + 4 + 4 x 4 (master, moments, average) bytes each, sharded by stage."""
@@ -21,6 +23,19 @@ def test_state_bytes_by_stage() -> None:
     assert p.state_bytes(1, 4) == 6_000 + 16_000 / 4
     assert p.state_bytes(2, 4) == 2_000 + 20_000 / 4
     assert p.state_bytes(3, 4) == 22_000 / 4
+
+
+def test_muon_keeps_one_moment() -> None:
+    p = Plan(parameters=1000, flops=0, activation_bytes=0, weight_bytes=2, averages=1, by_muon=600)
+    assert p.state_bytes(1, 1) == 22_000 - 4 * 600
+    config = cfg.load(DIGITS, ["optimizer.name=muon"], models.model_schema)
+    with torch.device("meta"):
+        model = models.build_model(config, 10)
+    planned = plan(model, config, "fp32")
+    # q, k, v and proj, W1, W2, W3 of four blocks; two blocks of the pixel head with 16 pixels of 8 channels
+    matrices = 4 * (4 * 96**2 + 3 * 96 * 256) + 2 * (4 * 96**2 + 2 * 96 * 128 + 2 * 8 * 32)
+    assert planned.by_muon == matrices
+    assert f"of which Muon trains {matrices:,}" in describe(planned, config, "fp32")
 
 
 class Toy(nn.Module):
@@ -84,11 +99,10 @@ def test_a_teacher_is_counted_and_has_to_fit(tmp_path: Path) -> None:
     """Products of a DINOv3 with 16 patches and 5 tokens before them, of width 48, and of a projector 96, 96, 96, 48."""
     name = "vit_small_patch16_dinov3"
     write_teacher(tmp_path / "t", name)
-    digits = Path(__file__).parents[2] / "configs" / "digits.yaml"
     settings = [f"alignment.teacher={name}", f"alignment.weights={tmp_path / 't'}", "alignment.layer=2"]
 
     def planned(*overrides: str) -> tuple[Plan, cfg.Config]:
-        config = cfg.load(digits, [*settings, *overrides], models.model_schema)
+        config = cfg.load(DIGITS, [*settings, *overrides], models.model_schema)
         with torch.device("meta"):
             model = models.build_model(config, 10)
         return plan(model, config, "fp32"), config

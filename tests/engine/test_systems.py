@@ -33,6 +33,9 @@ PLAIN = dict(objective=dict(time_shift=1.0), sample=dict(steps=100, shift=1.0, t
 PATCH_AR = dict(SMALL, system="patch_ar", depth=1, class_tokens=2, head_depth=1)
 VARIANTS = {
     "pixeldit": dict(model=dict(PIXELDIT, system="pixeldit", patch_depth=1)),
+    "pixeldit, by Muon": dict(
+        model=dict(PIXELDIT, system="pixeldit", patch_depth=1), optimizer=dict(name="muon", weight_decay=0.1)
+    ),
     "repa": dict(
         model=dict(PIXELDIT, system="pixeldit", patch_depth=1),
         alignment=dict(teacher=V3, weights="{teacher}", layer=1),

@@ -154,6 +154,8 @@ def test_resume_refuses_what_does_not_fit(whole_run: Path, tmp_path: Path, capsy
     assert "model.patch_depth (1 -> 2)" in capsys.readouterr().err
     assert main(command(whole_run, 800, "optimizer.ema=[0.5,0.9,0.99]")) == 2
     assert "optimizer.ema ([0.5, 0.9] -> [0.5, 0.9, 0.99])" in capsys.readouterr().err
+    assert main(command(whole_run, 800, "optimizer.name=muon")) == 2
+    assert "optimizer.name (adamw -> muon)" in capsys.readouterr().err
 
 
 def test_damaged_checkpoints_are_no_new_beginning(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
