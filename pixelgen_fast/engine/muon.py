@@ -96,7 +96,7 @@ class Muon(AdamWEMA):
             _add_momentum_(self.init_state(param, group)[MOMENTUM], param.grad, group["momentum"], now)
         self._orthogonalise_gradients(group)
         keep, keys = (~now.skip).float(), self.ema_keys(group)
-        weights = [keep * (1.0 - torch.as_tensor(decay)).float() for decay in self.decays(now.step)[: len(keys)]]
+        weights = [(keep * (1.0 - decay)).float() for decay in self.decays(now.step)[: len(keys)]]
         for param in group["params"]:
             param.mul_(1.0 - keep * (group["lr"] * group["weight_decay"]))
             param.addcmul_(param.grad, keep, value=-group["lr"])

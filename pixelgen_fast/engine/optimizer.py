@@ -29,8 +29,7 @@ COUNTERS = ("step", "skipped", "skipped_in_a_row")
 
 
 class Now(NamedTuple):
-    """Of one step, on the device: its number, 1 for the first; whether it must change nothing; what multiplies the
-    gradient."""
+    """A step, on the device: its number, 1 for the first; whether it must change nothing; the gradient's factor."""
 
     step: Tensor
     skip: Tensor
@@ -87,7 +86,7 @@ class AdamWEMA(torch.optim.Optimizer):
             raise ValueError(f"clip_norm must be positive, or None for no clipping, got {clip_norm}")
         super().__init__(params, dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, ema=True))
         for number, group in enumerate(self.param_groups):
-            check_group(number, group)
+            _check_group(number, group)
         device = self.param_groups[0]["params"][0].device
         self.counters = torch.zeros(3, dtype=torch.int64, device=device)
 
@@ -119,8 +118,7 @@ class AdamWEMA(torch.optim.Optimizer):
         if closure is not None:
             raise ValueError("AdamWEMA.step takes no closure: compute the loss and its gradients before the step")
         norm = self._local_norm() if self.grad_norm is None else self.grad_norm()
-        skip = ~self._finite(norm)
-        now = Now(self.counters[APPLIED] + 1, skip, self._clip_scale(norm))
+        now = Now(self.counters[APPLIED] + 1, ~self._finite(norm), self._clip_scale(norm))
         for group in self.param_groups:
             self.update(group, [param for param in group["params"] if param.grad is not None], now)
         if self.grad_norm is None:
@@ -182,8 +180,7 @@ class AdamWEMA(torch.optim.Optimizer):
         return total_norm(grads)
 
 
-def check_group(number: int, group: dict[str, Any]) -> None:
-    """Raise ValueError for betas, a learning rate or a weight decay that is out of range."""
+def _check_group(number: int, group: dict[str, Any]) -> None:
     beta1, beta2 = group["betas"]
     if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
         raise ValueError(f"param group {number}: betas must be in [0, 1), got {group['betas']}")

@@ -1,8 +1,9 @@
 """Checkpoints that know neither world size nor ZeRO stage, and are either whole or not there.
 
     <run>/checkpoints/000000012800/            the clock: images seen
-        rank00000-000.safetensors ...          tensors `<kind>/<parameter>`, kind = master, exp_avg, exp_avg_sq,
-                                               ema_<decay>; and `buffer/<name>`. Rank i mod W writes parameter i
+        rank00000-000.safetensors ...          tensors `<kind>/<parameter>`, kind = master, exp_avg and exp_avg_sq
+                                               (of Muon: momentum), ema_<decay>; and `buffer/<name>`. Rank i mod W
+                                               writes parameter i
         state.json                             format, nimg, optimizer counters, versions, and what the trainer gives
         manifest.json                          size and CRC-32 of every file and of itself; written last
     <run>/checkpoints/suspect-000000012864/    one taken when the run was no longer sound; never resumed from
