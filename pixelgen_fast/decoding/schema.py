@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast.overrides import merge, read_layers
@@ -149,6 +149,13 @@ def load(path: str | Path, overrides: Iterable[str]) -> DecoderConfig:
     Raises ConfigError for a missing or malformed file, an unknown key, a wrong type or a value that cannot work.
     """
     config: DecoderConfig = merge(DecoderConfig, read_layers(path, overrides))
+    validate(config)
+    return config
+
+
+def from_dict(values: dict[str, Any]) -> DecoderConfig:
+    """Rebuild a configuration that a checkpoint holds. Raises ConfigError as `load` does."""
+    config: DecoderConfig = merge(DecoderConfig, [("saved configuration", values)])
     validate(config)
     return config
 

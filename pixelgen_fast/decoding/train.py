@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from pixelgen_fast.data import Batch
 from pixelgen_fast.data.cache import published_folder
 from pixelgen_fast.decoding import assemble, step
 from pixelgen_fast.decoding.report import DecoderReport
-from pixelgen_fast.decoding.schema import ENCODER, Data
+from pixelgen_fast.decoding.schema import ENCODER, Data, from_dict
 from pixelgen_fast.engine.assemble import Parts
 from pixelgen_fast.engine.report import Report
 from pixelgen_fast.engine.trainer import Trainer
@@ -24,6 +24,7 @@ class DecoderTrainer(Trainer):
 
     fixed_sections: ClassVar[tuple[str, ...]] = ("encoder.network", "encoder.layers", "decoder.", "discriminator.taps")
     fixed: ClassVar[tuple[str, ...]] = ("data.image_size", "data.num_classes", "discriminator.network")
+    read_config: ClassVar[Callable[[dict[str, Any]], Any]] = staticmethod(from_dict)
 
     def assemble(self) -> Parts:
         return assemble.assemble(self.config, self.heart)

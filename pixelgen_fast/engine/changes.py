@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,18 @@ def held_changes(old: Any, new: dict[str, Any]) -> list[str]:
     return [f"the images that are held out (data.validation) have changed; {meaning}"]
 
 
-def with_defaults(saved: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's configuration with the defaults of settings that are newer; as it is where it is none of today."""
+def read_config(saved: dict[str, Any]) -> cfg.Config:
+    """The configuration of a generator's run. Raises ConfigError."""
+    return cfg.from_dict(saved, model_schema)
+
+
+def with_defaults(saved: dict[str, Any], read: Callable[[dict[str, Any]], Any] = read_config) -> dict[str, Any]:
+    """A checkpoint's configuration with the defaults of settings that are newer; as it is where it is none of today.
+
+    read: makes a configuration of it, or raises ConfigError.
+    """
     try:
-        return cfg.to_dict(cfg.from_dict(saved, model_schema))
+        return cfg.to_dict(read(saved))
     except cfg.ConfigError:
         return saved
 

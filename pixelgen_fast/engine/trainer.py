@@ -22,7 +22,7 @@ from pixelgen_fast.data import Batch
 from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.data.order import RULE
 from pixelgen_fast.engine.assemble import Parts, assemble
-from pixelgen_fast.engine.changes import averages, data_changes, differences, held_changes, with_defaults
+from pixelgen_fast.engine.changes import averages, data_changes, differences, held_changes, read_config, with_defaults
 from pixelgen_fast.engine.collectives import any_rank
 from pixelgen_fast.engine.feed import Feed
 from pixelgen_fast.engine.graph import capture
@@ -70,6 +70,8 @@ class Trainer:
 
     fixed_sections: ClassVar[tuple[str, ...]] = ("model.",)
     fixed: ClassVar[tuple[str, ...]] = FIXED
+    # what a checkpoint's configuration is read by
+    read_config: ClassVar[Callable[[dict[str, Any]], Any]] = staticmethod(read_config)
 
     def __init__(self, config: cfg.Config, heart: Heartbeat | None = None) -> None:
         """heart: of this rank, beating; None in a run of one process."""
@@ -331,7 +333,7 @@ class Trainer:
                 )
             return
         state = checkpoint.read_state(path, checkpoint.RUN)
-        changed = differences(with_defaults(state["config"]), cfg.to_dict(self.config))
+        changed = differences(with_defaults(state["config"], self.read_config), cfg.to_dict(self.config))
         fixed = [key for key in changed if key.startswith(self.fixed_sections) or key in self.fixed]
         if averages(state["config"], path) != {*self.config.optimizer.ema}:
             fixed.append("optimizer.ema")

@@ -16,7 +16,9 @@ from support.ranks import start_ranks
 from support.runs import newest, rows
 
 from pixelgen_fast.cli import main
-from pixelgen_fast.config import ConfigError
+from pixelgen_fast.config import ConfigError, to_dict
+from pixelgen_fast.decoding.train import DecoderTrainer
+from pixelgen_fast.engine.changes import differences, with_defaults
 from pixelgen_fast.rae.autoencoder import load_autoencoder
 from pixelgen_fast.runs.checkpoint import read_weights
 from pixelgen_fast.runs.shards import read_weights as read_raw
@@ -64,6 +66,13 @@ def test_what_a_run_leaves(whole: Path) -> None:
     state = {f"raw decoder.{name}": value for name, value in rae.decoder.state_dict().items()}
     averaged = read_raw(newest(run), "ema_0.5")
     assert all(torch.equal(value, averaged[name.removeprefix("raw ")]) for name, value in state.items())
+
+
+def test_a_setting_that_is_newer_than_a_checkpoint_counts_as_its_default(tmp_path: Path) -> None:
+    now = to_dict(config_of(tmp_path))
+    old = {name: dict(section) for name, section in now.items()}
+    del old["data"]["validation"], old["optimizer"]["clip"]
+    assert differences(with_defaults(old, DecoderTrainer.read_config), now) == {}
 
 
 def test_a_resumed_run_ends_bit_for_bit_the_same(whole: Path, tmp_path: Path) -> None:
