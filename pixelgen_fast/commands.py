@@ -40,6 +40,7 @@ def train(args: argparse.Namespace) -> int:
 
 def dry_run(config: cfg.Config) -> int:
     import torch
+    from pixelgen_kernels.bodies import VARIABLE
 
     from pixelgen_fast import models
     from pixelgen_fast.data.roots import open_root
@@ -56,7 +57,7 @@ def dry_run(config: cfg.Config) -> int:
         precision = "fp32" if config.run.device == "cpu" else "bf16"
     print(cfg.to_yaml(config))
     print(describe(plan(model, config, precision), config, precision))
-    if precision == "bf16":
+    if precision == "bf16" and os.environ.get(VARIABLE) != "native":  # which no GPU runs
         from pixelgen_fast.planning.command import hours_line
 
         print(hours_line(config))

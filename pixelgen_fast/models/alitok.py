@@ -45,7 +45,9 @@ class Settings(system.Settings):
     Guidance itself is sample.guidance, the gamma of models/guided_tokens.py; 1 is none.
     """
 
-    built_on: ClassVar[tuple[BuiltOn, ...]] = (BuiltOn("tokenizer", {"tokenizer": ""}, copy_tokenizer),)
+    built_on: ClassVar[tuple[BuiltOn, ...]] = (
+        BuiltOn("tokenizer", {"tokenizer": ""}, copy_tokenizer, published="alitok"),
+    )
 
     system: str = "alitok"
     hidden_size: int = width_setting(1280)

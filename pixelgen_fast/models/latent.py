@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import ClassVar, Protocol
 
 import torch
@@ -28,7 +29,7 @@ from pixelgen_fast.rae.decoder import Decoder
 
 PATCHES = "patches"
 KEYS = ("model.encoder", "model.encoder_weights")
-AUTOENCODER = BuiltOn("autoencoder", PLACES, copy_autoencoder, used=lambda model: model.reads_files)
+AUTOENCODER = BuiltOn("autoencoder", PLACES, copy_autoencoder, used=lambda model: model.reads_files, network="encoder")
 
 
 @dataclass
@@ -172,8 +173,10 @@ class LatentSystem(System):
     def read_shapes(self) -> None:
         s = self._settings
         if s.reads_files:
+            # a folder says the sizes of the network that it holds; a file does not, and need not be here
+            folder = s.encoder_weights if s.encoder_weights and Path(s.encoder_weights).is_dir() else None
             with torch.device("meta"):
-                encoder = load_autoencoder(s.encoder, None, grid=self.grid, layers=s.encoder_layers, keys=KEYS)
+                encoder = load_autoencoder(s.encoder, folder, grid=self.grid, layers=s.encoder_layers, keys=KEYS)
             self._autoencoder = (encoder.to(next(self.parameters()).dtype),)
 
     def check_complete(self) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict, fields, is_dataclass
 from typing import Any
 
 
 def defaults_of(config: Any) -> dict[str, Any]:
     """The defaults of a configuration's kind, those of its system among them."""
     found = asdict(type(config)())
-    if is_dataclass(model := getattr(config, "model", None)):
-        found["model"] = asdict(type(model)())
+    own = {f.name: getattr(config, f.name) for f in fields(config)}
+    if is_dataclass(own.get("model")):
+        found["model"] = asdict(type(own["model"])())
     return found
 
 

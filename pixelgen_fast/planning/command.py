@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
+
+from pixelgen_kernels.bodies import VARIABLE
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast import models
@@ -57,6 +60,8 @@ def estimate(config: cfg.Config, gpu: str, gpus: int, nodes: int | None = None, 
     if t.precision == "fp32" or config.run.device == "cpu":
         key, value = ("train.precision", "bf16") if t.precision == "fp32" else ("run.device", "cuda")
         raise InputError(f"the plan is of bf16 runs on GPUs, and this is none; add {key}={value}")
+    if os.environ.get(VARIABLE) == "native":
+        raise InputError(f"the plan is of GPUs, and {VARIABLE} is native, whose operators run on a CPU; unset it")
     machine = Machine(find_card(gpu), gpus, nodes)
     cfg.check_world(config, gpus)
     ring_rate(machine.card, gpus, nodes)

@@ -76,11 +76,9 @@ def front_matter(generator: Generator, licence: str | None) -> dict[str, Any]:
 def contained(generator: Generator) -> list[Licence]:
     """The licences of networks of others that lie in the folder beside the model's own weights."""
     model = generator.config.model
-    if not model.built_on:
-        return []
-    found = [of_network(getattr(model, name, None)) for name in ("dino", "encoder")]
-    if getattr(model, "tokenizer", None) is not None:
-        found.append(of_published("alitok")._replace(of="AliTok's published tokenizer"))
+    used = [part for part in model.built_on if part.used(model)]
+    found = [of_network(part.network_of(model)) for part in used]
+    found += [of_published(part.published)._replace(of=f"the {part.name}") for part in used if part.published]
     return [licence for licence in found if licence is not None]
 
 
@@ -101,7 +99,8 @@ def _licences(g: Generator, licence: str | None) -> str:
 def _parts(g: Generator) -> list[str]:
     teacher = g.config.alignment.teacher
     lines = [f"- Contained, where its weights are the published ones: {found.line()}." for found in contained(g)]
-    if getattr(g.config.model, "decoder", None) is not None:
+    model = g.config.model
+    if any("decoder" in part.places(model, Path()) for part in model.built_on):
         lines.append("- The decoder in `autoencoder/` is under the licence of where it came from.")
     if teacher is not None:
         lines.append(f"- Its tokens were drawn towards those of `{teacher}` in training, which is not contained.")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,8 @@ def export_diffusers(out: Path, generator: Generator, limit: int = SHARD_BYTES) 
     take_folder(out)
     (out / NETWORK).mkdir()
     sizes = {"image_size": config.data.image_size, "num_classes": len(generator.classes)}
-    sizes |= {_RENAMED.get(setting, setting): getattr(config.model, setting) for setting in settings}
+    given = asdict(config.model)
+    sizes |= {_RENAMED.get(setting, setting): given[setting] for setting in settings}
     _write(out / NETWORK / "config.json", {"_class_name": name, **sizes})
     save_weights(generator.model.state_dict(), out / NETWORK / WEIGHTS, limit)
     shutil.copyfile(CODE / "modeling.py", out / NETWORK / "modeling.py")

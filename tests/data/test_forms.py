@@ -134,7 +134,7 @@ def everything(root: Path, out: Path) -> SimpleNamespace:
         classes=report.classes,
         packed=[(out / "packed" / name).read_bytes() for name in ("images.npy", "labels.npy")],
         losses=[row["loss"] for row in rows(out / "run")],
-        judged=(judged.fid, judged.reference_count),
+        judged=(judged.fid, judged.reference["count"]),
     )
 
 

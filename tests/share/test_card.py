@@ -15,6 +15,7 @@ from pixelgen_fast import interop
 from pixelgen_fast.cli import main
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.interop.licences import PUBLISHED, of_network, of_published
+from pixelgen_fast.models import model_schema
 from pixelgen_fast.runs import draw
 from pixelgen_fast.share.card import contained, evaluation, front_matter, strictest
 
@@ -113,15 +114,18 @@ def test_every_published_form_has_a_licence() -> None:
 
 
 def test_networks_of_others_in_the_folder_are_named() -> None:
-    def holding(**model: object) -> SimpleNamespace:
-        config = SimpleNamespace(model=SimpleNamespace(built_on=("x",), system="s", **model))
+    def holding(system: str, **settings: str | None) -> SimpleNamespace:
+        config = SimpleNamespace(model=model_schema(system)(**settings))
         return SimpleNamespace(config=config, published=[], classes=["a"])
 
-    assert [found.name for found in contained(holding(dino="vit_small_patch16_dinov3.lvd1689m"))] == ["DINOv3 License"]
-    assert contained(holding(encoder="vit_base_patch14_reg4_dinov2.lvd142m"))[0].id == "apache-2.0"
-    assert contained(holding(tokenizer="t"))[0].id is None
-    assert front_matter(holding(tokenizer="t"), None)["license"] == "unknown"
-    assert front_matter(holding(dino="vit_small_patch16_dinov3"), None)["license_name"] == "dinov3-license"
+    student = holding("dino_student", dino="vit_small_patch16_dinov3.lvd1689m")
+    assert [found.name for found in contained(student)] == ["DINOv3 License"]
+    assert front_matter(student, None)["license_name"] == "dinov3-license"
+    encoder = "vit_base_patch14_reg4_dinov2.lvd142m"
+    assert contained(holding("ditdh", encoder=encoder))[0].id == "apache-2.0"
+    assert contained(holding("ditdh", encoder=None)) == contained(holding("pixeldit")) == []
+    assert contained(holding("alitok", tokenizer="t"))[0].id is None
+    assert front_matter(holding("alitok", tokenizer="t"), None)["license"] == "unknown"
     assert of_network("resnet50") is None and of_network(None) is None
     assert strictest([of_published("jit"), of_published("raev2"), of_published("deco")]).id is None
     assert strictest([]) is None
