@@ -80,7 +80,10 @@ def parts(e: Estimate) -> Table:
         "part", "GFLOP forward", "GFLOP backward", "MB forward", "MB backward", "MB kept for backward", "planned, ms",
     )  # fmt: skip
     rows = [(part, *(f"{v:.2f}" for v in values[:2]), *(f"{v:.1f}" for v in values[2:])) for part, values in shown]
-    notes = ("FLOPs and bytes of an image, what is computed again counted in backward; time of a step of one GPU.",)
+    notes = (
+        "FLOPs and bytes of an image, what is computed again counted in backward; time of a step of one GPU. A stack of "
+        "blocks without more behind it is what the blocks do outside of their modules.",
+    )
     return Table("Parts", head, rows, notes)
 
 

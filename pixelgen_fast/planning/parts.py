@@ -1,7 +1,6 @@
 """Which part of a model an operation belongs to, in forward by the modules that are running, in backward by autograd.
 
-    model.patch_blocks.3.attn.qkv    ->  patch blocks: attn        numbers are dropped: blocks alike count together
-    model.head.linear                ->  head                      outside of a list of blocks one name is enough
+    a module of the training step    ->  engine/parts.py says it   blocks alike count together
     no module of the training step   ->  frozen networks           a teacher or an encoder, which is nobody's child
 
 Every node that autograd makes has a number, and numbers rise. Where the running module changes in forward, the number
@@ -20,31 +19,11 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from pixelgen_fast.engine.parts import LOSS, part_of_objective
 from pixelgen_fast.planning.trace import Phase
 from pixelgen_fast.runs.folder import MODEL
 
 FROZEN = "frozen networks"
-LOSS = "loss and noising"
-OWN = "own operators"
-
-
-def part_of(path: str) -> str:
-    """The part that a module's path in the training objective names."""
-    names = path.split(".") if path else []
-    if names[:1] == [MODEL]:
-        names = names[1:]
-        if not names:
-            return f"model: {OWN}"
-    if not names:
-        return LOSS
-    if len(names) == 1 or not names[1].isdigit():
-        return _words(names[0])
-    inner = [name for name in names[2:] if not name.isdigit()]
-    return f"{_words(names[0])}: {_words(inner[0]) if inner else OWN}"
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
 
 
 class Parts:
@@ -99,7 +78,7 @@ class Parts:
         if inside == FROZEN or path is None or id(module) in self.frozen:
             self.stack.append(FROZEN)
         else:
-            self.stack.append(part_of(path))
+            self.stack.append(part_of_objective(path))
         self._note()
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:

@@ -20,11 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from pixelgen_fast.profiling.parts import part_of
-from pixelgen_fast.runs.folder import MODEL
+from pixelgen_fast.engine.parts import LOSS, part_of_objective
 
 STAGES = ("loader", "forward", "backward", "optimizer")
-LOSS = "noise and loss"  # what the objective does itself
 Shapes = tuple[tuple[int, ...], ...]
 
 
@@ -80,7 +78,7 @@ def _watched(objective: nn.Module) -> Iterator[tuple[str, tuple[str, nn.Module]]
     """(path, (part, module)) where a part begins: the objective, its model, and what is another part than around it."""
     around: dict[str, str] = {}
     for path, module in objective.named_modules():
-        part = _part(path)
+        part = part_of_objective(path)
         above = path.rpartition(".")[0]
         around[path] = part
         if isinstance(module, nn.ModuleList | nn.ModuleDict):
@@ -89,19 +87,11 @@ def _watched(objective: nn.Module) -> Iterator[tuple[str, tuple[str, nn.Module]]
             yield path or "objective", (part, module)
 
 
-def _part(path: str) -> str:
-    """The part of a path inside an objective: its model's own, another child of it, or the objective itself."""
-    first, _, inner = path.partition(".")
-    if first == MODEL:
-        return part_of(inner)
-    return first or LOSS
-
-
 def weights_by_part(objective: nn.Module, called: Collection[str]) -> dict[str, int]:
     """Bytes of the parameters of each part. called: the parts that there are; what another module reads is its."""
     found: dict[str, int] = defaultdict(int)
     for path, parameter in objective.named_parameters():
-        part = _part(path.rpartition(".")[0])
+        part = part_of_objective(path.rpartition(".")[0])
         while part not in called and "." in part:
             part = part.rpartition(".")[0]
         found[part] += parameter.nbytes

@@ -8,6 +8,7 @@ import pytest
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast import models
+from pixelgen_fast.engine.parts import LOSS
 from pixelgen_fast.planning.command import estimate
 from pixelgen_fast.planning.estimate import Estimate
 from pixelgen_fast.planning.rates import Rates
@@ -61,13 +62,13 @@ def test_simple_of_an_independent_roofline():
 def test_parts_carry_the_whole_step():
     """Feed-forward products are 3 D h of a block and token, forward; backward has twice as many, of the same part."""
     found = step("imagenet256_38ep", *ONE)
-    mlp = [op for op in found.trace.operations if op.part == "patch blocks: mlp"]
+    mlp = [op for op in found.trace.operations if op.part == "patch_blocks.mlp"]
     forward = 2 * 26 * 256 * 3 * 1152 * 3072
     assert sum(op.flops for op in mlp if op.phase == "forward") == 64 * forward
     assert sum(op.flops for op in mlp if op.phase == "backward") == 64 * 2 * forward
     parts = {op.part for op in found.trace.operations}
-    assert {"patch embed", "patch blocks: attn", "pixel blocks: own operators", "head", "loss and noising"} <= parts
-    assert found.kept["patch blocks: mlp"] == pytest.approx(256 * (1152 + 2 * 3072) * 2 * 26, rel=0.01)
+    assert {"patch_embed", "patch_blocks.attn", "pixel_blocks", "head", LOSS} <= parts
+    assert found.kept["patch_blocks.mlp"] == pytest.approx(256 * (1152 + 2 * 3072) * 2 * 26, rel=0.01)
 
 
 def test_recomputation_is_a_phase_and_keeps_less():

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import DeviceType
 
+from pixelgen_fast.engine.parts import LOSS
 from pixelgen_fast.profiling.ledger import Heavy, Ledger, keep, work_of
-from pixelgen_fast.profiling.regions import LOSS, Regions, Work
+from pixelgen_fast.profiling.regions import Regions, Work
 from pixelgen_fast.profiling.run import profiled_steps
 
 FORWARD, BACKWARD, LOADING = 0.05, 0.08, 0.03

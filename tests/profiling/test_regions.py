@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from pixelgen_fast.profiling.regions import LOSS, Regions, counting, weights_by_part
+from pixelgen_fast.engine.parts import LOSS
+from pixelgen_fast.profiling.regions import Regions, counting, weights_by_part
 
 
 class Block(nn.Module):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from pixelgen_fast.profiling.parts import part_of
+from pixelgen_fast.engine.parts import LOSS, part_of, part_of_objective
 
 
 @pytest.mark.parametrize(
@@ -24,3 +24,8 @@ from pixelgen_fast.profiling.parts import part_of
 )
 def test_blocks_of_a_stack_are_one_part_each_of_their_modules(path: str, part: str) -> None:
     assert part_of(path) == part
+
+
+def test_an_objective_has_its_models_parts_and_others() -> None:
+    paths = ("", "model", "model.patch_blocks.0.mlp", "alignment.projector.0")
+    assert [part_of_objective(path) for path in paths] == [LOSS, "model", "patch_blocks.mlp", "alignment"]

@@ -5,10 +5,21 @@
     levels.0.blocks.1.attn  -> levels.blocks.attn     of stacks in stacks: within the innermost block
     head.linear             -> head                   else the first name
 
-A stack, a list of modules, has a name in the plural; the numbers inside other modules count their steps.
+A stack, a list of modules, has a name in the plural; the numbers inside other modules count their steps. The profile of
+a step and its plan have these names.
 """
 
 from __future__ import annotations
+
+from pixelgen_fast.runs.folder import MODEL
+
+LOSS = "noising and loss"  # what a training objective does itself
+
+
+def part_of_objective(path: str) -> str:
+    """The part of a path inside a training objective: its model's own, another child of it, or the objective itself."""
+    first, _, inner = path.partition(".")
+    return part_of(inner) if first == MODEL else first or LOSS
 
 
 def part_of(path: str) -> str:
