@@ -81,8 +81,8 @@ def parts(e: Estimate) -> Table:
     )  # fmt: skip
     rows = [(part, *(f"{v:.2f}" for v in values[:2]), *(f"{v:.1f}" for v in values[2:])) for part, values in shown]
     notes = (
-        "FLOPs and bytes of an image, what is computed again counted in backward; time of a step of one GPU. A stack of "
-        "blocks without more behind it is what the blocks do outside of their modules.",
+        "FLOPs and bytes of an image, what is computed again counted in backward; time of a step of one GPU. A stack "
+        "of blocks without more behind it is what the blocks do outside of their modules.",
     )
     return Table("Parts", head, rows, notes)
 

@@ -27,17 +27,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--faults", type=int, default=1000, help="in runs of real processes")
+    parser.add_argument("--first", type=int, default=0, help="the fault to begin with: a drill may be divided")
     parser.add_argument("--inputs", type=int, default=20_000, help="bad ones, of all kinds together")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--only", help="faults or kinds of input by a part of their name")
     args = parser.parse_args()
-    bad = inject(args.faults, args.seed, args.jobs, args.only) if args.faults else 0
+    bad = inject(args.faults, args.seed, args.jobs, args.only, args.first) if args.faults else 0
     bad += feed(args.inputs, args.seed, args.only) if args.inputs else 0
     return 1 if bad else 0
 
 
-def inject(count: int, seed_: int, jobs: int, only: str | None) -> int:
-    """Faults, drawn by their weights; returns how many were not survived."""
+def inject(count: int, seed_: int, jobs: int, only: str | None, first: int = 0) -> int:
+    """Faults [first, count) of those that are drawn by their weights; returns how many were not survived.
+
+    An interrupt ends it with the table of what was done.
+    """
     place = Path(tempfile.mkdtemp(prefix="drill_"))
     plain = run.Run(place / "undisturbed")
     plain.end(plain.start(), 0)
@@ -47,17 +51,23 @@ def inject(count: int, seed_: int, jobs: int, only: str | None) -> int:
     drawn = rng.choices(names, [faults.FAULTS[name].weight for name in names], k=count)
     table: dict[str, Counter[str]] = defaultdict(Counter)
     stories = []
-    with ThreadPoolExecutor(jobs) as pool, tqdm(total=count, unit="fault", disable=None) as bar:
+    done = first
+    with ThreadPoolExecutor(jobs) as pool, tqdm(total=count - first, unit="fault", mininterval=30) as bar:
 
         def one(number: int) -> tuple[int, str]:
             return number, faults.outcome(drawn[number], seed_ * 10**6 + number, place / str(number), undisturbed)
 
-        for number, said in pool.map(one, range(count)):
-            table[drawn[number]][said.split(":")[0]] += 1
-            if said != "survived":
-                stories.append(f"{drawn[number]}, {place / str(number)}: {said}")
-                tqdm.write(stories[-1])
-            bar.update()
+        try:
+            for number, said in pool.map(one, range(first, count)):
+                table[drawn[number]][said.split(":")[0]] += 1
+                if said != "survived":
+                    stories.append(f"{drawn[number]}, {place / str(number)}: {said}")
+                    tqdm.write(stories[-1])
+                bar.update()
+                done = number + 1
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+    print(f"faults {first} to {done - 1} of seed {seed_}\n")
     print("| fault | injected | survived | lost | mismatched |\n|---|--:|--:|--:|--:|")
     total: Counter[str] = sum(table.values(), Counter())
     for name, counts in [*table.items(), ("all", total)]:
