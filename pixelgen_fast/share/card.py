@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pixelgen_fast.errors import InputError
-from pixelgen_fast.eval.curves import read_metrics
+from pixelgen_fast.eval.curves import read_metrics, with_measured
 from pixelgen_fast.eval.digits import DigitsReport
 from pixelgen_fast.eval.fid import FidReport
 from pixelgen_fast.interop.licences import Licence, of_network, of_published
@@ -138,10 +138,11 @@ def _training(g: Generator, run: Path) -> str:
         "data": f"`{Path(c.data.root).name}`, {c.data.image_size} pixels, {len(g.classes):,} classes: {shown}",
         "images seen": f"{g.nimg:,}, {c.train.global_batch} a step",
         "objective": f"predicts {c.objective.predict}, loss on {c.objective.loss}, path {c.objective.path}",
-        "optimizer": f"learning rate {c.optimizer.lr:g}, {c.optimizer.schedule}; averages {_short(c.optimizer.ema)}",
+        "optimizer": f"{c.optimizer.name}, learning rate {c.optimizer.lr:g}, {c.optimizer.schedule}; "
+        f"averages {_short(c.optimizer.ema)}",
     }
     try:
-        last = read_metrics(RunFolder(run).metrics)[-1]
+        last = with_measured(read_metrics(RunFolder(run).metrics))[-1]
         rows["last row of the log"] = f"image {last['nimg']:,}, loss {_short(last['loss'])}"
     except (OSError, ValueError, KeyError):
         pass
@@ -152,12 +153,20 @@ def _configuration(g: Generator) -> str:
     """The sections that decide what the model is, without the places of a machine."""
     values = json.loads(json.dumps(asdict(g.config)))
     sections = {name: values[name] for name in _SECTIONS}
-    for section in sections.values():
-        for key, value in section.items():
-            if isinstance(value, str) and "/" in value:
-                section[key] = Path(value).name
-    text = yaml.safe_dump(sections, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(_without_places(sections), sort_keys=False, allow_unicode=True)
     return f"<details>\n\n```yaml\n{text}```\n\n</details>"
+
+
+def _without_places(values: Any) -> Any:
+    """Settings, of each path its last name alone."""
+    match values:
+        case dict():
+            return {name: _without_places(value) for name, value in values.items()}
+        case list():
+            return [_without_places(value) for value in values]
+        case str() if "/" in values:
+            return Path(values).name
+    return values
 
 
 def _short(value: Any) -> str:

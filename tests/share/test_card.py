@@ -11,13 +11,14 @@ from huggingface_hub import ModelCard
 from support.models import TINY
 from support.runs import exported, newest, train
 
+from pixelgen_fast import config as cfg
 from pixelgen_fast import interop
 from pixelgen_fast.cli import main
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.interop.licences import PUBLISHED, of_network, of_published
 from pixelgen_fast.models import model_schema
 from pixelgen_fast.runs import draw
-from pixelgen_fast.share.card import contained, evaluation, front_matter, strictest
+from pixelgen_fast.share.card import card, contained, evaluation, front_matter, strictest
 
 SMALL = ("optimizer.warmup_images=0", *(f"model.{name}={value}" for name, value in TINY["pixeldit"].items()))
 
@@ -129,3 +130,23 @@ def test_networks_of_others_in_the_folder_are_named() -> None:
     assert of_network("resnet50") is None and of_network(None) is None
     assert strictest([of_published("jit"), of_published("raev2"), of_published("deco")]).id is None
     assert strictest([]) is None
+
+
+def test_a_run_with_validation_has_its_last_loss_its_optimizer_and_no_place_of_a_machine(tmp_path: Path) -> None:
+    held = str(tmp_path / "private")
+    config = cfg.from_dict(
+        {
+            "model": {"system": "pixeldit"},
+            "data": {"root": "digits", "validation": {"root": held}},
+            "optimizer": {"name": "muon"},
+        },
+        model_schema,
+    )
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"nimg": 64, "loss": 0.25, "step": 1}\n{"nimg": 64, "validation_loss": 0.5}\n'
+    )
+    model = SimpleNamespace(parameters=lambda: [], used_sampling=())
+    generator = SimpleNamespace(config=config, classes=["0", "1"], nimg=64, weights="raw", published=[], model=model)
+    text = card(generator, tmp_path, "me/digits", None, (), "")
+    assert "image 64, loss 0.25" in text and "| optimizer | muon, learning rate" in text
+    assert "root: private" in text and str(tmp_path) not in text
