@@ -63,7 +63,7 @@ class Curves:
 def curves(rows: Sequence[Row]) -> Curves:
     """What there is to be drawn of a run's rows, as `read_metrics` gives them."""
     spent = [seconds_of(before, row) for before, row in itertools.pairwise([_origin(rows), *rows])]
-    wide = [{**_numbers(row), **_shares(seconds)} for row, seconds in zip(rows, spent, strict=True)]
+    wide = [{**_numbers(row), **_shares(seconds)} for row, seconds in zip(rows, _complete(spent), strict=True)]
     each = max(1, math.ceil(len(wide) / MOST_POINTS))
     names = dict.fromkeys(name for row in wide for name in row)
     columns = {name: [_mean(part, name) for part in _groups(wide, each)] for name in names}
@@ -96,6 +96,12 @@ def seconds_of(before: Row, row: Row) -> dict[str, float]:
     return found | {name: row.get(f"{name}_seconds") or 0.0 for name in ("saving", "drawing")}
 
 
+def _complete(spent: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+    """With no time for what other intervals have: a single point between gaps is no line."""
+    names = dict.fromkeys(name for seconds in spent for name in seconds)
+    return [{name: seconds.get(name, 0.0) for name in names} if seconds else {} for seconds in spent]
+
+
 def where_time_went(rows: Sequence[Row]) -> dict[str, float]:
     """Seconds of all intervals, by what they went to, most first."""
     total: dict[str, float] = {}
@@ -118,7 +124,7 @@ def events(rows: Sequence[Row]) -> list[tuple[int, str]]:
             found.append((now["begun_at"], "went back to this image after bad steps" if back else "resumed"))
         elif (more := grown.get("skipped_steps", 0)) > 0:
             found.append((row["nimg"], f"{more} step{'s' * (more > 1)} skipped"))
-        known |= now
+        known = {"begun_at": 0} | known | now  # earlier versions did not say where a row's process began
     return found
 
 

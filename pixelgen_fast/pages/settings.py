@@ -34,8 +34,13 @@ def settings_table(values: Mapping[str, Any], defaults: Mapping[str, Any] | None
 
 
 def _rows(settings: Mapping[str, Any], defaults: Mapping[str, Any] | None) -> Iterator[tuple[str, str, str | None]]:
-    """(name, value, default where it is known and another)."""
+    """(name, value, default where it is known and another); dotted names below a section's own sections."""
     for name, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            below = None if defaults is None else defaults.get(name)
+            inner = _rows(value, below if isinstance(below, Mapping) else None)
+            yield from ((f"{name}.{key}", text, default) for key, text, default in inner)
+            continue
         text = _text(value)
         default = None if defaults is None or name not in defaults else _text(defaults[name])
         yield name, text, None if default == text else default

@@ -74,3 +74,16 @@ def test_what_is_measured_now_and_then_is_a_line_through_its_points() -> None:
     assert found.columns["validation_loss"] == [None, 4.0, 3.0, 2.0, 1.0, None]
     titles = [panel.title for panel in found.panels]
     assert titles[:3] == ["Loss", "Validation loss", "Validation loss by time"]
+
+
+def test_time_that_some_intervals_have_is_none_in_the_others() -> None:
+    """Validation every second row: its line has a point at each row, so that it is drawn."""
+    rows = [row(100 * k, **({"validation_seconds": 2.0} if k % 2 else {})) for k in range(1, 5)]
+    assert curves(rows).columns["time_validation"] == pytest.approx([0.5, 0.0, 0.5, 0.0])
+
+
+def test_a_run_whose_first_rows_are_of_a_version_that_did_not_say_where_they_began_was_resumed() -> None:
+    rows = [row(100), row(200), row(300, begun_at=200)]
+    del rows[0]["begun_at"], rows[1]["begun_at"]
+    assert events(rows) == [(200, "resumed")]
+    assert events(rows[2:]) == []
