@@ -111,6 +111,8 @@ def evaluate(args: argparse.Namespace) -> int:
         raise errors.InputError(f"--samples is {args.samples}; it must be at least 2")
     if not args.out:
         _own_folder(args)
+    elif Path(args.out).expanduser().is_dir():
+        raise errors.InputError(f"--out {args.out} is a folder; name a JSON file")
     from pixelgen_fast.decoding.judge import decoder_folder
 
     if (folder := decoder_folder(args.run)) is not None:
@@ -234,7 +236,12 @@ def data_reference(args: argparse.Namespace) -> int:
     from pixelgen_fast.eval.fid import write_statistics
     from pixelgen_fast.eval.reference import check_name
 
-    check_name(Path(args.out))
+    out = Path(args.out).expanduser()
+    check_name(out)
+    if out.exists():
+        raise errors.InputError(f"{out} exists; name another file or remove it")
+    if args.size is not None and args.size < 1:
+        raise errors.InputError(f"--size is {args.size}; it must be at least 1")
     networks = FeatureNetworks(weights=args.inception, dino=args.dino, device=_device(args))
     found = write_statistics(args.root, args.out, networks, size=args.size, crop=args.crop, progress=True)
     print(f"{args.out}: {found.line()}; {found.about['extractor']}")

@@ -118,6 +118,8 @@ class Sweep:
 
     def run(self) -> None:
         wanted = points(self.axes)
+        for weights in reversed(self.axes.get(WEIGHTS, [])):  # one that is not there is named before hours of drawing
+            self._model(weights)
         for number, point in enumerate(wanted, start=1):
             entry = self._entry(point)
             if entry is not None:  # on rank 0

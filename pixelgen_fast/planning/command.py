@@ -33,6 +33,9 @@ def run(args: argparse.Namespace) -> int:
     Raises InputError, in one line, for a card, a number of GPUs or a configuration that no run could have.
     """
     config = cfg.load(args.config, args.overrides, models.model_schema)
+    for option in ("json", "html"):
+        if (out := getattr(args, option)) and Path(out).is_dir():
+            raise InputError(f"--{option} {out} is a folder; name a file")
     found = estimate(config, args.gpu, args.gpus, args.nodes)
     changes = helpful(found)
     print(as_text(found, changes))

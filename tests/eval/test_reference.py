@@ -82,6 +82,8 @@ def test_what_cannot_be_read_leaves_no_file(root: Path, tmp_path: Path, capsys: 
     assert "a/00.png of" in capsys.readouterr().err
     assert main(make(root, tmp_path / "real.pt")) == 2
     assert "a statistics file is named .npz" in capsys.readouterr().err
+    assert main([*make(root, tmp_path / "real.npz")[:4], "--size", "0"]) == 2
+    assert "--size is 0" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["photos"]
 
 
@@ -90,3 +92,11 @@ def test_images_of_another_size_are_not_cropped_unasked(
 ) -> None:
     assert main(make(root, tmp_path / "real.npz", "--crop", "none")) == 2
     assert "images must have one size" in capsys.readouterr().err
+
+
+def test_a_reference_that_is_there_stays(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """It may be a published one."""
+    (tmp_path / "real.npz").write_bytes(b"of others")
+    assert main(make(root, tmp_path / "real.npz")) == 2
+    assert "real.npz exists; name another file" in capsys.readouterr().err
+    assert (tmp_path / "real.npz").read_bytes() == b"of others"

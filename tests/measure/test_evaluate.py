@@ -117,5 +117,6 @@ def test_what_does_not_fit_is_named(run: Path, tmp_path: Path, pooled: None, cap
     assert "bad.npz is no .npz file that can be read" in refused("--reference", str(tmp_path / "bad.npz"))
     assert "is not a folder of images" in refused("--reference", str(tmp_path / "none"))
     assert "--samples is 1" in refused("--samples", "1")
+    assert f"--out {tmp_path} is a folder" in refused("--out", str(tmp_path))
     few = refused("--samples", "9", "--reference", str(tmp_path / "none.npz"))
     assert "--samples is 9; the Inception Score needs at least 10 images" in few

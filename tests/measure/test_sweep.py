@@ -122,3 +122,11 @@ def test_a_fixed_setting_is_not_swept_too(run: Path, tmp_path: Path, capsys: pyt
     (tmp_path / "sweep.json").write_text("[]")
     assert main(["evaluate", str(run), *SWEEP, "--out", str(tmp_path / "sweep.json")]) == 2
     assert "is not what an earlier sweep wrote" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_there_are_named_before_anything_is_drawn(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    out = tmp_path / "sweep.json"
+    assert main(["evaluate", str(run), "--samples", "20", "--sweep", "weights=raw,none", "--out", str(out)]) == 2
+    assert "has no weights 'none'" in capsys.readouterr().err and not out.exists()

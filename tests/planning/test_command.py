@@ -109,3 +109,9 @@ def test_a_card_that_lacks_something_is_one_line(content, line, tmp_path, capsys
 def test_a_dry_run_tells_the_hours(capsys):
     assert main(["train", DIGITS, "--dry-run", "run.device=auto", "train.precision=bf16"]) == 0
     assert re.search(r"^hours +[\d.]+ planned on 1 H100, .*modelled \(pixelgen plan\)$", capsys.readouterr().out, re.M)
+
+
+def test_a_folder_is_no_file_to_write(tmp_path, capsys):
+    for option in ("--json", "--html"):
+        assert plan("--gpus", "1", option, str(tmp_path)) == 2
+        assert f"{option} {tmp_path} is a folder" in capsys.readouterr().err
