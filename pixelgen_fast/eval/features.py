@@ -149,7 +149,9 @@ def _build(extractor: str, layers: list[str], weights: str | Path | None, device
         try:
             # torch-fidelity unpickles whatever the file holds; reading it as plain tensors first refuses code.
             torch.load(weights, map_location="cpu", weights_only=True)
-        except (UnpicklingError, RuntimeError, EOFError) as error:
+        except UnpicklingError as error:  # whose text advises to run what the file holds
+            raise InputError(f"{weights} is not a file of tensors; get {WEIGHTS_FILE} from {WEIGHTS_URL}") from error
+        except (RuntimeError, EOFError) as error:
             raise InputError(f"{weights} is not a file of tensors: {error}") from error
         arguments["feature_extractor_weights_path"] = str(weights)
     try:

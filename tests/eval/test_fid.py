@@ -118,7 +118,7 @@ def test_inception_reads_its_weights_from_a_file(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"other\.pth does not hold the weights of inception-v3-compat"):
         evaluate_fid(draw(10, 1), draw(10, 2), weights=tmp_path / "other.pth")
     torch.save(PooledPixels("code", ["pool"]), tmp_path / "code.pth")
-    with pytest.raises(ValueError, match=r"code\.pth is not a file of tensors"):
+    with pytest.raises(ValueError, match=r"code\.pth is not a file of tensors; get"):
         evaluate_fid(draw(10, 1), draw(10, 2), weights=tmp_path / "code.pth")
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth do not exist; get them from https://"):
         evaluate_fid(draw(10, 1), draw(10, 2), weights=tmp_path / "nowhere.pth")
