@@ -24,7 +24,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
     A resumed run starts again at its checkpoint, so a row replaces the earlier rows of higher nimg, and one of its own
     nimg with the same names. A process that is killed while writing leaves half a line: such lines are left out with a
-    warning that names them. Raises ValueError if no line is a JSON object with nimg.
+    warning that names them. Raises ValueError if no line is a JSON object with nimg, a whole number.
     """
     rows: list[dict[str, Any]] = []
     unreadable = []
@@ -33,7 +33,7 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except json.JSONDecodeError:
             row = None
-        if not isinstance(row, dict) or "nimg" not in row:
+        if not isinstance(row, dict) or type(row.get("nimg")) is not int:
             unreadable.append(number)
             continue
         if rows and row["nimg"] <= rows[-1]["nimg"]:

@@ -63,9 +63,10 @@ def _rows(folder: RunFolder) -> list[Row]:
     if not folder.metrics.is_file():
         raise InputError(f"{folder.root} holds no {folder.metrics.name}; give the folder of a run, once it has a row")
     try:
-        return with_measured(read_metrics(folder.metrics))
+        rows = with_measured(read_metrics(folder.metrics))
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
+    return [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in rows]
 
 
 def _configuration(folder: RunFolder) -> dict[str, Any]:

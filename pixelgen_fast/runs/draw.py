@@ -21,7 +21,7 @@ from pixelgen_fast.models import build_model, model_schema
 from pixelgen_fast.models.system import BaseSystem, SequentialSystem, System
 from pixelgen_fast.runs.checkpoint import RUN, CheckpointError, ema_key, find, read_state, read_weights
 from pixelgen_fast.runs.export import GeneratorError, published_in, read_exported
-from pixelgen_fast.runs.folder import ABOUT, CHECKPOINTS, MODEL_PREFIX, names_a_folder
+from pixelgen_fast.runs.folder import ABOUT, CHECKPOINTS, DIFFUSERS, MODEL_PREFIX, names_a_folder
 from pixelgen_fast.runs.kept import with_kept
 from pixelgen_fast.weights import misfits
 
@@ -188,6 +188,10 @@ def load(
         try:
             folder = find(path)
         except CheckpointError as error:
+            if (path / DIFFUSERS).is_file():
+                raise GeneratorError(
+                    f"{path}: is a form for diffusers, which opens it; give the run, or an export without --format"
+                ) from error
             raise GeneratorError(f"{error}; nor is there a config.json of an exported one") from error
         home = folder.parent.parent if folder.parent.name == CHECKPOINTS else folder
         about = read_state(folder, RUN)

@@ -22,6 +22,7 @@ MODEL = "model"
 MODEL_PREFIX = f"{MODEL}."
 CHECKPOINTS = "checkpoints"
 WEIGHTS, ABOUT = "model.safetensors", "config.json"  # of an export
+DIFFUSERS = "model_index.json"  # of an export for diffusers
 PUBLISHED = "published"  # what a checkpoint and an export call the published weights that theirs began from
 METRICS, EVALUATION, FINAL, LOSS = "metrics.jsonl", "evaluation.json", "final.png", "loss.png"
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pixelgen_fast.config import Sampling
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.runs.export import take_folder
-from pixelgen_fast.runs.folder import PUBLISHED
+from pixelgen_fast.runs.folder import DIFFUSERS, PUBLISHED
 from pixelgen_fast.runs.weight_files import SHARD_BYTES, save_weights
 from pixelgen_fast.settings import refuse_unused
 
@@ -65,7 +65,7 @@ def export_diffusers(out: Path, generator: Generator, limit: int = SHARD_BYTES) 
     shutil.copyfile(CODE / "modeling.py", out / NETWORK / "modeling.py")
     shutil.copyfile(CODE / "pipeline.py", out / "pipeline.py")
     index = {"_class_name": ["pipeline", "PixelPipeline"], NETWORK: ["modeling", name]}
-    _write(out / "model_index.json", index | {"settings": _settings(generator)})
+    _write(out / DIFFUSERS, index | {"settings": _settings(generator)})
     return f'DiffusionPipeline.from_pretrained("{out}", custom_pipeline="{out}", trust_remote_code=True)'
 
 

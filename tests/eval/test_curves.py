@@ -33,9 +33,14 @@ def test_a_resumed_run_reads_as_one_without_interruptions(tmp_path):
 
 def test_half_written_lines_are_left_out_and_named(tmp_path):
     path = write(
-        tmp_path / "metrics.jsonl", {"nimg": 1, "loss": 1.0}, '{"nimg": 2, "lo\n', {"nimg": 3, "loss": 2.0}, "{"
+        tmp_path / "metrics.jsonl",
+        {"nimg": 1, "loss": 1.0},
+        '{"nimg": 2, "lo\n',
+        {"nimg": 3, "loss": 2.0},
+        {"nimg": "x"},
+        "{",
     )
-    with pytest.warns(UserWarning, match=r"left out 2 unreadable lines, numbers \[2, 4\]"):
+    with pytest.warns(UserWarning, match=r"left out 3 unreadable lines, numbers \[2, 4, 5\]"):
         assert [r["nimg"] for r in read_metrics(path)] == [1, 3]
     with pytest.raises(ValueError, match=r"holds no metrics: none of its 1 lines"):
         read_metrics(write(tmp_path / "other.jsonl", {"loss": 1.0}))

@@ -67,6 +67,12 @@ def test_bad_paths_are_a_line(tmp_path: Path, run: RunFolder, capsys: pytest.Cap
     assert main(["report", str(run.root), "--out", str(tmp_path)]) == 2 and "--out names" in capsys.readouterr().err
 
 
+def test_values_of_other_types_are_none(tmp_path: Path) -> None:
+    row = {"nimg": 64, "loss": "x", "images_per_second": "y", "begun_at": None}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"nimg": 32, "loss": 1.0}) + "\n" + json.dumps(row) + "\n")
+    assert main(["report", str(tmp_path)]) == 0 and RunFolder(tmp_path).report.is_file()
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 800])
 def test_curves_zoom_and_the_slider_shows_each_grid(run: RunFolder, width: int) -> None:

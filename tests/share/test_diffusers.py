@@ -133,5 +133,5 @@ def test_a_setting_that_the_code_does_not_know_is_refused(tmp_path: Path, monkey
 
 def test_it_is_no_folder_of_export(tmp_path: Path) -> None:
     export_diffusers(tmp_path / "out", generator("pixeldit", {}, {}))
-    with pytest.raises(GeneratorError, match="holds no valid checkpoint"):
+    with pytest.raises(GeneratorError, match="is a form for diffusers"):
         draw.load(tmp_path / "out")
