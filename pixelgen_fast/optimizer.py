@@ -47,6 +47,11 @@ class Optimizer:
     schedule: Literal["constant", "cosine", "stepped", "linear"] = "constant"
     drops: list[Drop] = field(default_factory=list)
 
+    @property
+    def stages(self) -> tuple[int, ...]:
+        """The stages of ZeRO that it goes with."""
+        return (1, 2) if self.name == "muon" else (1, 2, 3)
+
 
 def check_optimizer(p: Optimizer, images: int, zero_stage: int) -> None:
     """Raise ConfigError, naming keys and values, for what cannot be together. images: of the run."""
@@ -55,7 +60,7 @@ def check_optimizer(p: Optimizer, images: int, zero_stage: int) -> None:
     _check_schedule(p, images)
     if p.name != "muon" and p.muon != Muon():
         raise ConfigError(f"optimizer.muon is given, but optimizer.name is {p.name}; set it to muon")
-    if p.name == "muon" and zero_stage == 3:
+    if zero_stage not in p.stages:
         raise ConfigError(
             "optimizer.name muon does not go with train.zero_stage 3: it needs whole matrices, and there each of them "
             "is cut over all ranks and would be gathered in every step; use stage 1 or 2, which cut hardly any"

@@ -18,7 +18,8 @@ from pixelgen_fast import launcher
 from pixelgen_fast.signals import StopRequest
 codes = sys.argv[1].split(",")
 with StopRequest() as stop:
-    print("ready", flush=True)
+    sys.stdout.write("ready\\n")  # in one piece: two ranks write at once
+    sys.stdout.flush()
     while sys.argv[2] == "wait" and not stop.requested:
         time.sleep(0.02)
 code = int(codes[int(os.environ["RANK"])])
@@ -50,10 +51,13 @@ def test_the_exit_code_of_the_ranks_is_that_of_torchrun(installed: Path, codes: 
     command = [*launcher, str(installed / "rank.py"), codes, "wait" if asked else "go"]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with subprocess.Popen(command, env=env, **pipes) as process:
-        if asked:
-            assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
-            process.send_signal(signal.SIGTERM)
-        said = process.communicate(timeout=100)[1]
+        try:
+            if asked:
+                assert [process.stdout.readline() for _ in range(2)] == ["ready\n"] * 2
+                process.send_signal(signal.SIGTERM)
+            said = process.communicate(timeout=100)[1]
+        finally:
+            process.kill()
     assert process.returncode == expected, said
 
 

@@ -140,7 +140,10 @@ def open_data(data: cfg.Data) -> tuple[ImageIndex, ImageIndex | None]:
         return split(index, v.share, v.seed)
     if v.root is None:
         return index, None
-    held = open_root(v.root)
+    try:
+        held = open_root(v.root)
+    except FileNotFoundError as error:
+        raise InputError(f"data.validation.root {v.root}: {error}") from error
     if held.classes != index.classes:
         other = sorted(set(held.classes) ^ set(index.classes))
         raise InputError(

@@ -147,9 +147,11 @@ def describe(p: Plan, config: Config, precision: str, worlds: tuple[int, ...] = 
         f"activations        {p.activation_bytes / 1e6:.1f} MB per image, {activations / 1e9:.2f} GB per micro-batch "
         f"of {t.micro_batch}, kept for backward with train.recompute={t.recompute}",
         f"memory per GPU in {precision}, computed: weights, gradients, optimizer, averages and activations",
-        "  ranks " + "".join(f"{f'stage {stage}':>12}" for stage in (1, 2, 3)),
+        "  ranks " + "".join(f"{f'stage {stage}':>12}" for stage in config.optimizer.stages),
     ]
     for world in worlds:
-        cells = "".join(f"{(p.state_bytes(stage, world) + activations) / 1e9:>9.2f} GB" for stage in (1, 2, 3))
+        cells = "".join(
+            f"{(p.state_bytes(stage, world) + activations) / 1e9:>9.2f} GB" for stage in config.optimizer.stages
+        )
         lines.append(f"  {world:>5} {cells}")
     return "\n".join(lines)

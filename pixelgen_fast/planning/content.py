@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from pixelgen_fast.planning.changes import Change
+from pixelgen_fast.planning.changes import LEAST, Change
 from pixelgen_fast.planning.estimate import CASES, CORE_IMAGES, EPOCHS, IMAGENET, RESERVE, Estimate
 
 MOST_PARTS = 14
@@ -103,7 +103,7 @@ def communication(e: Estimate) -> Table:
 def memory(e: Estimate) -> Table:
     t, card = e.step.config.train, e.machine.card
     rows = []
-    for stage in (1, 2, 3):
+    for stage in e.step.config.optimizer.stages:
         largest = e.largest(stage)
         fits = "not known" if largest is None else f"{largest:,}"
         cells = (e.state_bytes(stage), e.step.peak, e.memory(stage))
@@ -151,7 +151,11 @@ def loader(e: Estimate) -> Table:
 
 def helping(changes: list[Change]) -> Table:
     rows = [(change.text, f"{change.gain:.1%}") for change in changes]
-    notes = ("Of the time of an image as planned; gains do not add up.",)
+    notes = (
+        "Of the time of an image as planned; gains do not add up."
+        if rows
+        else f"No change that is known here would save {LEAST:.1%} of the time of an image.",
+    )
     return Table("What would help most", ("change", "saves"), rows, notes)
 
 

@@ -35,7 +35,9 @@ def test_muon_keeps_one_moment() -> None:
     # q, k, v and proj, W1, W2, W3 of four blocks; two blocks of the pixel head with 16 pixels of 8 channels
     matrices = 4 * (4 * 96**2 + 3 * 96 * 256) + 2 * (4 * 96**2 + 2 * 96 * 128 + 2 * 8 * 32)
     assert planned.by_muon == matrices
-    assert f"of which Muon trains {matrices:,}" in describe(planned, config, "fp32")
+    said = describe(planned, config, "fp32")
+    assert f"of which Muon trains {matrices:,}" in said
+    assert "stage 2" in said and "stage 3" not in said
 
 
 class Toy(nn.Module):

@@ -119,6 +119,8 @@ def test_another_root_holds_what_is_held_out(tmp_path: Path, capsys: pytest.Capt
     shutil.rmtree(other / "9")
     assert main(train(tmp_path / "new", 32, *command)) == 2
     assert "has 9 classes and data.root 10; in one of the two only: 9" in capsys.readouterr().err
+    assert main(train(tmp_path / "new", 32, *OWN, f"data.validation.root={tmp_path / 'none'}")) == 2
+    assert f"data.validation.root {tmp_path / 'none'}: " in capsys.readouterr().err
 
 
 def test_a_sequential_system_has_its_own_loss(tmp_path: Path) -> None:
