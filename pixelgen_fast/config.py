@@ -30,6 +30,7 @@ from pixelgen_fast.settings import (
     above,
     at_least,
     check_ranges,
+    origin_named,
     within,
 )
 from pixelgen_fast.validation import Validation
@@ -252,7 +253,8 @@ def from_layers(layers: list[tuple[str, Any]], model_schema: Callable[[str], typ
     except ValueError as error:
         raise ConfigError(f"{named}: {error}") from error
     config: Config = merge(Config, layers, model_class)
-    validate(config)
+    with origin_named(layers[0][0]):
+        validate(config)
     return config
 
 

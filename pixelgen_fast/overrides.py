@@ -61,7 +61,9 @@ def override_layers(overrides: Iterable[str]) -> list[tuple[str, Any]]:
     """(origin, values) of each override. Raises ConfigError for one without "="."""
     layers: list[tuple[str, Any]] = []
     for text in overrides:
-        if not text.partition("=")[0].strip() or "=" not in text:
+        key, equals, _ = text.partition("=")
+        # OmegaConf would read brackets as places in lists
+        if not equals or not key.strip() or "[" in key or "]" in key:
             raise ConfigError(f"override {text!r}: write key.sub=value, for example optimizer.lr=2e-4")
         layers.append((f"override {text!r}", Override(*text.split("=", 1))))
     return layers

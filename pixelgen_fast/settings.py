@@ -9,7 +9,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal
 
@@ -30,6 +31,15 @@ SEEDS = (-(2**63), 2**64 - 1)
 
 class ConfigError(InputError):
     """The configuration is not valid; the message names the key, its value and the fix."""
+
+
+@contextmanager
+def origin_named(origin: str) -> Iterator[None]:
+    """Have a ConfigError of what is inside say where the configuration comes from."""
+    try:
+        yield
+    except ConfigError as error:
+        raise ConfigError(f"{origin}: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -230,3 +230,16 @@ def test_a_setting_that_a_system_ignores_is_refused_before_anything_starts(
     assert main(["train", DIGITS, text, f"run.dir={run}"]) == 2
     said = capsys.readouterr().err
     assert f"{text.split('=')[0]} is {text.split('=')[1]}; pixeldit has no use for it" in said and not run.exists()
+
+
+def test_a_combination_that_cannot_work_names_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(Path(DIGITS).read_text().replace("micro_batch: 64", "micro_batch: 48"))
+    with pytest.raises(cfg.ConfigError, match=r"mine\.yaml: train\.global_batch 64 is not a multiple"):
+        cfg.load(path, [], model_schema)
+
+
+@pytest.mark.parametrize("text", ["[\n\x02=nan", "optimizer[0]=1", "]=1"])
+def test_an_override_of_no_key_is_refused(text: str) -> None:
+    with pytest.raises(cfg.ConfigError, match="override .*: write key.sub=value"):
+        cfg.load(DIGITS, [text], model_schema)

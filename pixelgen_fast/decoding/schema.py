@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pixelgen_fast import config as cfg
 from pixelgen_fast.overrides import merge, read_layers
 from pixelgen_fast.rae.decoder import DecoderSettings
-from pixelgen_fast.settings import ConfigError, above, at_least, check_ranges, within
+from pixelgen_fast.settings import ConfigError, above, at_least, check_ranges, origin_named, within
 from pixelgen_fast.validation import Validation
 
 # in run.dir: the statistics, the folder of the trained decoder, and the copy of the encoder
@@ -149,14 +149,16 @@ def load(path: str | Path, overrides: Iterable[str]) -> DecoderConfig:
     Raises ConfigError for a missing or malformed file, an unknown key, a wrong type or a value that cannot work.
     """
     config: DecoderConfig = merge(DecoderConfig, read_layers(path, overrides))
-    validate(config)
+    with origin_named(str(path)):
+        validate(config)
     return config
 
 
 def from_dict(values: dict[str, Any]) -> DecoderConfig:
     """Rebuild a configuration that a checkpoint holds. Raises ConfigError as `load` does."""
     config: DecoderConfig = merge(DecoderConfig, [("saved configuration", values)])
-    validate(config)
+    with origin_named("saved configuration"):
+        validate(config)
     return config
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pixelgen_fast.overrides import merge, read_layers
-from pixelgen_fast.settings import ConfigError, Device, above, at_least, check_ranges, within
+from pixelgen_fast.settings import ConfigError, Device, above, at_least, check_ranges, origin_named, within
 
 REPORT = "report.json"  # in run.dir, what the teacher's judge found
 
@@ -117,7 +117,8 @@ def load(path: str | Path, overrides: Iterable[str]) -> TeacherConfig:
     Raises ConfigError for a missing or malformed file, an unknown key, a wrong type or a value that cannot work.
     """
     config: TeacherConfig = merge(TeacherConfig, read_layers(path, overrides))
-    validate(config)
+    with origin_named(str(path)):
+        validate(config)
     return config
 
 

@@ -98,6 +98,7 @@ class FidReport:
             *lines,
             *self.left_out,
             f"generated  {self.generated_count:,} images, {self.generated}",
+            f"reference  {self.against}",
             f"extractor  {self.extractor}; figures of another evaluation suite differ by up to 0.1 FID",
         ]
 

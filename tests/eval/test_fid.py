@@ -82,6 +82,7 @@ def test_folder_and_statistics_file_give_the_same_fid(tmp_path):
     lines = of_file.lines()
     for name in ("FID", "precision", "recall"):
         assert next(line for line in lines if line.startswith(name)).endswith(beside)
+    assert f"reference  {beside.removeprefix('40 images against ')}" in lines
     assert "sFID is left out: this extractor has no block mixed_6" in lines and POOLED in "".join(lines)
     assert "FD-DINOv2 is left out: --dino names no file of DINOv2 ViT-L/14" in lines
     assert set(of_file.as_dict()) >= {"fid", "inception_score", "reference", "extractor"}
