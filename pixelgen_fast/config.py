@@ -247,7 +247,10 @@ def from_layers(layers: list[tuple[str, Any]], model_schema: Callable[[str], typ
             raise ConfigError(f"{origin}: model.system: {str(error).splitlines()[0]}") from error
         system, named = (system, named) if given is None else (given, origin)
     if system is None:
-        raise ConfigError(f"{named}: model.system is missing")
+        raise ConfigError(
+            f"{named}: model.system is missing, which a generator's configuration has; a decoder's is for pixelgen "
+            "decoder and latents, a teacher's for teacher, a comparison's for compare"
+        )
     try:
         model_class = model_schema(str(system))
     except ValueError as error:
