@@ -98,8 +98,14 @@ class Stopwatch:
         return event
 
 
+BEGUN_AT = "begun_at"
+
+
 class Metrics:
-    """Sinks of one run. On ranks other than 0 every method does nothing."""
+    """Sinks of one run. On ranks other than 0 every method does nothing.
+
+    Rows of metrics.jsonl show neither a stop nor a pause, but in rates: what does is in pauses.jsonl.
+    """
 
     def __init__(self, folder: RunFolder, rank: int, nimg: int, total: int, config: cfg.Config | None = None) -> None:
         """config: of the run, for the loggers; None: there are none."""
@@ -118,6 +124,8 @@ class Metrics:
         self.beside: dict[str, str] = {}
         _drop_rows_after(folder.metrics, nimg)
         self.rows = RowFile(folder.metrics, self.say)
+        _drop_rows_after(folder.pauses, nimg)
+        self.pauses = RowFile(folder.pauses, lambda text: None)  # what fails, the rows beside it say
         self.folder, self.writer = folder, None
         self.tensorboard = bool(config and config.log.tensorboard)
         self._open_tensorboard(nimg)
@@ -132,7 +140,10 @@ class Metrics:
         had a finite one."""
         if not self.active:
             return
-        self.rows.append(row)
+        pauses = {name: value for name, value in row.items() if name == BEGUN_AT or name.endswith("_seconds")}
+        self.rows.append({name: value for name, value in row.items() if name not in pauses})
+        if pauses:
+            self.pauses.append({"nimg": row["nimg"], **pauses})
         if "loss" in row:
             loss = "not finite" if row["loss"] is None else f"{row['loss']:.4f}"
             self.beside["loss"] = f"loss {loss}, {row['images_per_second']:.1f} img/s"
@@ -181,6 +192,7 @@ class Metrics:
         self.bar.close()
         if self.active:
             self.rows.close()
+            self.pauses.close()
             if self.writer:
                 with suppress(OSError):  # metrics.jsonl has the same rows
                     self.writer.close()

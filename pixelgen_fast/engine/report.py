@@ -19,7 +19,7 @@ from pixelgen_fast.atomic import replaced
 from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.engine.assemble import Parts
 from pixelgen_fast.engine.collectives import any_rank
-from pixelgen_fast.engine.metrics import Metrics, device_peak, memory_used
+from pixelgen_fast.engine.metrics import BEGUN_AT, Metrics, device_peak, memory_used
 from pixelgen_fast.engine.schedule import learning_rate
 from pixelgen_fast.eval.curves import read_metrics, save_curves
 from pixelgen_fast.eval.grid import save_grid
@@ -89,7 +89,7 @@ class Report:
                 **interval.pauses,
                 "skipped_steps": int(p.engine.skipped),
                 "replaced_images": len(loader.replaced),
-                "begun_at": self.begun_at,
+                BEGUN_AT: self.begun_at,
                 **({"returns": self.returns} if p.config.train.returns else {}),
             }
         )

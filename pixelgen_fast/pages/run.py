@@ -64,8 +64,11 @@ def _rows(folder: RunFolder) -> list[Row]:
         raise InputError(f"{folder.root} holds no {folder.metrics.name}; give the folder of a run, once it has a row")
     try:
         rows = with_measured(read_metrics(folder.metrics))
+        pauses = read_metrics(folder.pauses) if folder.pauses.is_file() and folder.pauses.stat().st_size else []
     except (ValueError, OSError) as error:
         raise InputError(str(error)) from error
+    beside = {row["nimg"]: row for row in pauses}
+    rows = [beside.get(row["nimg"], {}) | row for row in rows]
     return [{name: value for name, value in row.items() if isinstance(value, int | float)} for row in rows]
 
 

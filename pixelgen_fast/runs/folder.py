@@ -25,6 +25,7 @@ WEIGHTS, ABOUT = "model.safetensors", "config.json"  # of an export
 DIFFUSERS = "model_index.json"  # of an export for diffusers
 PUBLISHED = "published"  # what a checkpoint and an export call the published weights that theirs began from
 METRICS, EVALUATION, FINAL, LOSS = "metrics.jsonl", "evaluation.json", "final.png", "loss.png"
+PAUSES = "pauses.jsonl"
 
 
 def names_a_folder(name: object) -> bool:
@@ -49,6 +50,11 @@ class RunFolder:
     @property
     def metrics(self) -> Path:
         return self.root / METRICS
+
+    @property
+    def pauses(self) -> Path:
+        """Of each row of metrics: seconds that were no training, and the image where its process began."""
+        return self.root / PAUSES
 
     @property
     def tensorboard(self) -> Path:

@@ -104,7 +104,9 @@ def test_stop_and_kill_change_nothing(whole_run: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     wanted = [json.loads(line) for line in (whole_run / "metrics.jsonl").read_text().splitlines()]
     assert [row["nimg"] for row in rows] == [row["nimg"] for row in wanted] == list(range(16, 801, 16))
-    assert [row["loss"] for row in rows] == [row["loss"] for row in wanted]
+    rates = {"images_per_second", "model_flops", "model_flops_share", "memory_bytes", "loader_wait_share"}
+    without = [[{k: v for k, v in row.items() if k not in rates} for row in of_run] for of_run in (rows, wanted)]
+    assert without[0] == without[1]  # the cut intervals show in the rates alone
 
 
 def test_other_world_sizes_and_stages_end_the_same(whole_run: Path, tmp_path: Path) -> None:
