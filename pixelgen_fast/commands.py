@@ -6,7 +6,6 @@ Each returns its exit code. Heavy modules are imported by the command that needs
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable
 from dataclasses import fields
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING
 
 from pixelgen_fast import config as cfg
 from pixelgen_fast import errors, hub
-from pixelgen_fast.atomic import replaced
 from pixelgen_fast.runs.folder import RunFolder
 
 if TYPE_CHECKING:
@@ -124,6 +122,7 @@ def evaluate(args: argparse.Namespace) -> int:
 
 def _evaluate_decoder(args: argparse.Namespace, folder: Path) -> int:
     from pixelgen_fast.decoding.judge import evaluate_decoder
+    from pixelgen_fast.measure.evaluate import write_json
     from pixelgen_fast.processes import world_size
 
     of_drawing = [name for name in ("weights", "labels", "sweep", "dino", *_SAMPLING) if name != "batch"]
@@ -144,8 +143,7 @@ def _evaluate_decoder(args: argparse.Namespace, folder: Path) -> int:
     print(f"{args.run}: " + ", ".join(f"{k} {v}" for k, v in settings.items()))
     print("\n".join(report.lines()))
     out = Path(args.out).expanduser() if args.out else RunFolder(_own_folder(args)).evaluation
-    with replaced(out) as work:
-        work.write_text(json.dumps({"settings": settings, "report": report.as_dict()}, indent=2) + "\n")
+    write_json(out, {"settings": settings, "report": report.as_dict()})
     return 0
 
 
@@ -243,7 +241,7 @@ def data_reference(args: argparse.Namespace) -> int:
     if args.size is not None and args.size < 1:
         raise errors.InputError(f"--size is {args.size}; it must be at least 1")
     networks = FeatureNetworks(weights=args.inception, dino=args.dino, device=_device(args))
-    found = write_statistics(args.root, args.out, networks, size=args.size, crop=args.crop, progress=True)
+    found = write_statistics(args.root, out, networks, size=args.size, crop=args.crop, progress=True)
     print(f"{args.out}: {found.line()}; {found.about['extractor']}")
     return 0
 
