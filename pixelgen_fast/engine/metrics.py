@@ -98,9 +98,6 @@ class Stopwatch:
         return event
 
 
-BEGUN_AT = "begun_at"
-
-
 class Metrics:
     """Sinks of one run. On ranks other than 0 every method does nothing.
 
@@ -135,13 +132,13 @@ class Metrics:
     def advance(self, images: int) -> None:
         self.bar.update(images)
 
-    def write(self, row: dict[str, float | int | None]) -> None:
+    def write(self, row: dict[str, float | int | None], pauses: dict[str, float | int] | None = None) -> None:
         """Record a row, of training or of validation; `nimg` is its clock. loss is None when no step of the interval
-        had a finite one."""
+        had a finite one. pauses: what shows a stop, or took time that is no training's."""
         if not self.active:
             return
-        pauses = {name: value for name, value in row.items() if name == BEGUN_AT or name.endswith("_seconds")}
-        self.rows.append({name: value for name, value in row.items() if name not in pauses})
+        self.rows.append(row)
+        pauses = pauses or {}
         if pauses:
             self.pauses.append({"nimg": row["nimg"], **pauses})
         if "loss" in row:
@@ -150,8 +147,8 @@ class Metrics:
         else:
             self.beside["validation"] = f"validation {row['validation_loss']:.4f}"
         self.bar.set_postfix_str(", ".join(self.beside.values()), refresh=False)
-        self._write_tensorboard(row)
-        self._write_wandb(row)
+        self._write_tensorboard({**row, **pauses})
+        self._write_wandb({**row, **pauses})
 
     def _open_tensorboard(self, nimg: int) -> None:
         if self.tensorboard and self.writer is None:

@@ -19,7 +19,7 @@ from pixelgen_fast.atomic import replaced
 from pixelgen_fast.data.dali import Loader
 from pixelgen_fast.engine.assemble import Parts
 from pixelgen_fast.engine.collectives import any_rank
-from pixelgen_fast.engine.metrics import BEGUN_AT, Metrics, device_peak, memory_used
+from pixelgen_fast.engine.metrics import Metrics, device_peak, memory_used
 from pixelgen_fast.engine.schedule import learning_rate
 from pixelgen_fast.eval.curves import read_metrics, save_curves
 from pixelgen_fast.eval.grid import save_grid
@@ -86,12 +86,11 @@ class Report:
                 "model_flops_share": rate * p.image_flops / (self.peak * p.world) if p.rank == 0 else 0.0,
                 "memory_bytes": memory_used(p.device),
                 "loader_wait_share": interval.waited(loader) / seconds,
-                **interval.pauses,
                 "skipped_steps": int(p.engine.skipped),
                 "replaced_images": len(loader.replaced),
-                BEGUN_AT: self.begun_at,
                 **({"returns": self.returns} if p.config.train.returns else {}),
-            }
+            },
+            interval.pauses | {"begun_at": self.begun_at},
         )
         self._try_again()
         return seconds

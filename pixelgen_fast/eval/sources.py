@@ -6,6 +6,7 @@ Shapes: N images uint8 [N, H, W, 3].
 from __future__ import annotations
 
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,22 +29,22 @@ LEAST = 10
 _THREADS = 8  # enough to decode files, and unlike worker processes they cannot outlive an error
 
 
-class Source:
+class Source(ABC):
     """N images of one size. name: for people. crop: what was done to them, in words; None where nothing was."""
 
     name: str
     crop: str | None = None
 
-    def __len__(self) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def __len__(self) -> int: ...
 
+    @abstractmethod
     def image(self, i: int) -> np.ndarray:
         """Image i, uint8 [H, W, 3]. Raises InputError, naming it, where it cannot be read."""
-        raise NotImplementedError
 
+    @abstractmethod
     def shape(self, i: int) -> tuple[int, int]:
         """(height, width) that image i will have; nothing is decoded for it."""
-        raise NotImplementedError
 
     def check_sizes(self) -> None:
         """Raise InputError for images of several sizes, or that cannot be read, by their headers."""

@@ -38,6 +38,7 @@ from pixelgen_fast.errors import InputError
 from pixelgen_fast.profiling.ledger import STEP, keep
 from pixelgen_fast.profiling.regions import Counted, Regions, counting, weights_by_part
 from pixelgen_fast.profiling.table import Found, as_dict, lines
+from pixelgen_fast.runs.folder import RunFolder
 
 WARM_UP, TIMED = 2, 3
 TRACE, TABLE, MEMORY = "trace.json.gz", "table.json", "memory.pickle"
@@ -103,7 +104,7 @@ def _check(config: cfg.Config, out: Path, steps: int) -> None:
     for name in ("compile_blocks", "cuda_graph"):
         if getattr(config.train, name):
             raise InputError(f"train.{name} hides the parts of the model from a profile; set train.{name}=false")
-    if out.is_file() or (out / "metrics.jsonl").exists() or (out / "checkpoints").exists():
+    if out.is_file() or RunFolder(out).metrics.exists() or RunFolder(out).checkpoints.exists():
         raise InputError(f"{out} is a file or a run's folder; choose another folder with --out")
 
 

@@ -2,7 +2,8 @@
 
 <run>/config.yaml          the resolved configuration            classes.json      names of the classes
       metrics.jsonl        a row an interval, its clock `nimg`   tensorboard/      the same
-      samples/             a grid of images now and then         checkpoints/      see checkpoint.py
+      pauses.jsonl         beside it: what shows a stop          checkpoints/      see checkpoint.py
+      samples/             a grid of images now and then
       final.png, loss.png, report.html  at the end               dino/, ...        see kept.py
       owner.json           locked by the run that writes here, see owner.py
       wandb_id.txt         its id at Weights & Biases, where it is logged there
