@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import shutil
 from collections.abc import Sequence
@@ -13,6 +12,8 @@ from pixelgen_fast.compare.figures import draw_curves, draw_quality
 from pixelgen_fast.compare.reading import Ground, Section, read
 from pixelgen_fast.compare.results import PIXELS, Variant, collect
 from pixelgen_fast.compare.schema import Compare, slug
+from pixelgen_fast.pages.pictures import data_url
+from pixelgen_fast.pages.template import document, table
 from pixelgen_fast.runs.folder import RunFolder
 
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
@@ -121,13 +122,9 @@ def markdown(content: Content, folder: Path) -> str:
 
 
 def page(content: Content) -> str:
-    def cells(tag: str, values: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values) + "</tr>"
-
     def picture(title: str, path: Path) -> str:
-        data = base64.b64encode(path.read_bytes()).decode()
         caption = html.escape(title)
-        image = f'<img alt="{caption}" src="data:image/png;base64,{data}">'
+        image = f'<img alt="{caption}" src="{data_url(path.read_bytes())}">'
         return f"<figure><figcaption>{caption}</figcaption>{image}</figure>"
 
     def section(heading: str, said: Sequence[str]) -> str:
@@ -136,10 +133,9 @@ def page(content: Content) -> str:
 
     body = [
         "<h1>Comparison</h1>", f"<p>{html.escape(content.intro)}</p>",
-        "<table>", cells("th", COLUMNS), *(cells("td", values) for values in content.table), "</table>",
+        table(content.table, COLUMNS),
         *(section(*one) for one in content.reading),
         "<h2>Curves</h2>", *(picture(*curve) for curve in content.curves),
         "<h2>Samples on the same noise</h2>", *(picture(*grid) for grid in content.grids),
     ]  # fmt: skip
-    head = f'<meta charset="utf-8"><title>Comparison</title><style>{STYLE}</style>'
-    return f'<!doctype html><html lang="en"><head>{head}</head><body>\n' + "\n".join(body) + "\n</body></html>\n"
+    return document("Comparison", STYLE, body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+from collections.abc import Iterable, Sequence
 from importlib import resources
 from typing import Any
 
@@ -30,10 +31,17 @@ def as_json(data: Any) -> str:
     return json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
-def table(rows: list[list[str]], head: list[str] | None = None) -> str:
+def document(title: str, style: str, body: Iterable[str]) -> str:
+    """A page that needs no other file. title: plain text. body: HTML, from top to bottom."""
+    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{style}</style>'
+    text = "\n".join(body)
+    return f'<!doctype html><html lang="en"><head>{head}</head><body>\n{text}\n</body></html>\n'
+
+
+def table(rows: Iterable[Sequence[str]], head: Sequence[str] | None = None) -> str:
     """An HTML table of plain texts."""
 
-    def line(cells: list[str], tag: str) -> str:
+    def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     top = f"<thead>{line(head, 'th')}</thead>" if head else ""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pixelgen_fast.atomic import replaced
+from pixelgen_fast.pages import template
 from pixelgen_fast.planning import charts
 from pixelgen_fast.planning.changes import Change
 from pixelgen_fast.planning.content import Table, heading, sources, tables
@@ -38,10 +39,8 @@ def write_page(e: Estimate, changes: Sequence[Change], name: str, path: Path) ->
         *(_figure(*figure) for figure in figures), *(_table(table) for table in rest), "<h2>Sources</h2><ul>",
         *(f"<li>{html.escape(line)}</li>" for line in sources(e)), "</ul>",
     ]  # fmt: skip
-    head = f'<meta charset="utf-8"><title>Plan of {html.escape(name)}</title><style>{STYLE}</style>'
     with replaced(path) as work:
-        text = "\n".join(body)
-        work.write_text(f'<!doctype html><html lang="en"><head>{head}</head><body>\n{text}\n</body></html>\n')
+        work.write_text(template.document(f"Plan of {name}", STYLE, body))
 
 
 def _facts(e: Estimate) -> str:
@@ -60,12 +59,9 @@ def _facts(e: Estimate) -> str:
 
 
 def _table(table: Table) -> str:
-    def cells(tag: str, values: Sequence[str]) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(value)}</{tag}>" for value in values) + "</tr>"
-
-    rows = ["<table>", cells("th", table.head), *(cells("td", row) for row in table.rows), "</table>"]
+    rows = [template.table(table.rows, table.head)] if table.rows else []
     notes = [f'<p class="note">{html.escape(note)}</p>' for note in table.notes]
-    return "\n".join([f"<h2>{html.escape(table.title)}</h2>", *(rows if table.rows else []), *notes])
+    return "\n".join([f"<h2>{html.escape(table.title)}</h2>", *rows, *notes])
 
 
 def _figure(title: str, svg: str) -> str:
