@@ -59,16 +59,16 @@ class Data:
     root: str = "digits"
     image_size: int = above(0, default=256, most=16_384)
     # None: the number of classes that root has
-    num_classes: int | None = at_least(1, default=None)
+    num_classes: int | None = at_least(1, default=None, most=10_000_000)
     # classes in equal shares instead of images: those of small classes come more often, those of large ones less
     class_balanced: bool = False
     flip: bool = False
     # adm: halve, bicubic, centre crop as published for ImageNet; none: images have the right size already
     crop: Crop = "adm"
     # reader processes and decoder threads of each rank; 0 workers: read in the training process
-    workers: int = at_least(0, default=2)
-    threads: int = above(0, default=2)
-    prefetch: int = above(0, default=2)
+    workers: int = at_least(0, default=2, most=1024)
+    threads: int = above(0, default=2, most=1024)
+    prefetch: int = above(0, default=2, most=1024)
     # how long a data root that is away, as a network file system that reconnects, is waited for
     wait_seconds: float = at_least(0, default=60.0)
     # a run ends when a rank has met more than this share of the images, and more than 10, that are unreadable
@@ -112,7 +112,7 @@ class Alignment:
     # a file in timm's, Meta's or Hugging Face's names, a folder that holds a teacher, or "random"; null: from the hub
     weights: str | None = None
     # the patch block, counted from 1, after which the generator's tokens are read; 0: a DINO student's own tokens
-    layer: int = at_least(0, default=8)
+    layer: int = at_least(0, default=8, most=1000)
     weight: float = above(0, default=0.5)
     # the loss counts for the images of a run before this one; null: for all
     stop_images: int | None = above(0, default=None)
@@ -120,7 +120,7 @@ class Alignment:
     # as wide
     projector: Literal["mlp", "conv", "none"] = "mlp"
     # of an mlp; null: as wide as the generator
-    projector_hidden: int | None = above(0, default=None)
+    projector_hidden: int | None = above(0, default=None, most=65_536)
     # the share of their mean over an image's tokens that is taken from the teacher's features, before they are divided
     # by their deviation over the tokens; null: they stay as they are
     spatial_norm: float | None = within(0, 1, default=None)
@@ -133,8 +133,8 @@ class Alignment:
 class Train:
     images: int = above(0, default=48_000_000)
     # images of one optimizer step over all ranks, and of one forward pass on one rank
-    global_batch: int = above(0, default=256)
-    micro_batch: int = above(0, default=64)
+    global_batch: int = above(0, default=256, most=1_000_000)
+    micro_batch: int = above(0, default=64, most=1_000_000)
     zero_stage: Literal[1, 2, 3] = 1
     # auto: bf16 on a GPU, fp32 on a CPU
     precision: Literal["auto", "bf16", "fp32"] = "auto"

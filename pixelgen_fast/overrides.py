@@ -34,7 +34,7 @@ class Override:
                 value = OmegaConf.from_dotlist([f"value={self.text}"])["value"]
             values = OmegaConf.create({})
             OmegaConf.update(values, self.key, value)
-        except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError) as error:
+        except (yaml.YAMLError, OmegaConfBaseException, ValueError, TypeError, OverflowError) as error:
             raise ConfigError(f"{self.key}={self.text}: not a value: {str(error).splitlines()[0]}") from error
         return values
 
@@ -81,7 +81,7 @@ def merge(schema: type, layers: list[tuple[str, Any]], model_class: type | None 
         values = layer.values(schema, model_class) if isinstance(layer, Override) else layer
         try:
             merged = OmegaConf.merge(merged, values)
-        except (OmegaConfBaseException, TypeError, ValueError) as error:
+        except (OmegaConfBaseException, TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"{origin}: {explain(error, schema, model_class)}") from error
     try:
         return _expanded(OmegaConf.to_object(merged))

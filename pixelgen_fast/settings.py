@@ -101,6 +101,8 @@ def check_ranges(settings: Any, prefix: str = "") -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise ConfigError(f"{key} is {value}; it must be a finite number")
+            if isinstance(number, int) and abs(number) >= 2**63 and (wanted is None or math.isinf(wanted.high)):
+                raise ConfigError(f"{key} is {value}; it must be a number of 64 bits")
             if wanted is not None and number is not None and not wanted.holds(number):
                 off = ", or null for none" if entry.default is None or "None" in str(entry.type) else ""
                 raise ConfigError(f"{key} is {value}; {wanted.rule(number)}{off}")

@@ -93,8 +93,8 @@ class Optimizer:
 class Train:
     images: int = above(0, default=20_498_672)
     # images of one step over all ranks, and of one forward pass on one rank
-    global_batch: int = above(0, default=512)
-    micro_batch: int = above(0, default=32)
+    global_batch: int = above(0, default=512, most=1_000_000)
+    micro_batch: int = above(0, default=32, most=1_000_000)
     # auto: bf16 on a GPU, fp32 on a CPU; weights are float32 in both
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     # as in the training of a generator

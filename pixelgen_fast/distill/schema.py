@@ -24,7 +24,7 @@ class Run:
 class Data:
     # as data.root of a generator; every image has image_size pixels a side and stays in memory
     root: str = "digits"
-    image_size: int = above(0, default=16)
+    image_size: int = above(0, default=16, most=16_384)
     # share of every class that is kept from training and judged; of the digits, 0.5 is the half that `evaluate` judges
     held_out: float = within(0, 1, open_low=True, open_high=True, default=0.5)
 
@@ -33,10 +33,10 @@ class Data:
 class Network:
     """A DINOv3 of timm: one class token, four registers, rotary positions, LayerScale that begins at layer_scale."""
 
-    embed_dim: int = above(0, default=96)
-    depth: int = above(0, default=4)
-    num_heads: int = above(0, default=4)
-    patch_size: int = above(0, default=4)
+    embed_dim: int = above(0, default=96, most=65_536)
+    depth: int = above(0, default=4, most=1000)
+    num_heads: int = above(0, default=4, most=65_536)
+    patch_size: int = above(0, default=4, most=16_384)
     layer_scale: float = above(0, default=1.0)
 
 
@@ -44,8 +44,8 @@ class Network:
 class Views:
     """How an image is distorted; see views.py. Two large views keep image_size, the small ones have small_size."""
 
-    small: int = at_least(0, default=2)
-    small_size: int = above(0, default=8)
+    small: int = at_least(0, default=2, most=1000)
+    small_size: int = above(0, default=8, most=16_384)
     # share of the image's area that a view shows; above 1 it shows a margin too, which is black
     large_area: tuple[float, float] = within(0, 4, open_low=True, default=(0.5, 1.2))
     small_area: tuple[float, float] = within(0, 4, open_low=True, default=(0.5, 0.9))
@@ -64,9 +64,9 @@ class Views:
 
 @dataclass
 class Objective:
-    prototypes: int = above(0, default=1024)
-    head_hidden: int = above(0, default=256)
-    head_width: int = above(0, default=64)
+    prototypes: int = above(0, default=1024, most=10_000_000)
+    head_hidden: int = above(0, default=256, most=65_536)
+    head_width: int = above(0, default=64, most=65_536)
     student_temperature: float = above(0, default=0.1)
     teacher_temperature: float = above(0, default=0.02)
     # of the masked patches' loss and of the loss that keeps the class tokens of a batch apart (KoLeo)
@@ -88,7 +88,7 @@ class Optimizer:
 class Train:
     images: int = above(0, default=32_000)
     # views are told apart within a batch
-    batch: int = at_least(2, default=32)
+    batch: int = at_least(2, default=32, most=1_000_000)
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Log:
     every_images: int = above(0, default=640)
     # how often, in images, and with how many neighbours the teacher is judged
     judge_every_images: int = above(0, default=3_200)
-    neighbours: int = above(0, default=20)
+    neighbours: int = above(0, default=20, most=1_000_000)
 
 
 @dataclass

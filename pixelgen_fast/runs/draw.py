@@ -21,6 +21,7 @@ from pixelgen_fast.models import build_model, model_schema
 from pixelgen_fast.models.system import BaseSystem, SequentialSystem, System
 from pixelgen_fast.runs.checkpoint import RUN, CheckpointError, ema_key, find, read_state, read_weights
 from pixelgen_fast.runs.export import GeneratorError, published_in, read_exported
+from pixelgen_fast.runs.few_rows import FewRows
 from pixelgen_fast.runs.folder import ABOUT, CHECKPOINTS, DIFFUSERS, MODEL_PREFIX, names_a_folder
 from pixelgen_fast.runs.kept import with_kept
 from pixelgen_fast.weights import misfits
@@ -73,7 +74,8 @@ class Generator:
         shared = torch.arange(len(labels)).split(settings["batch"])[share[0] :: share[1]]
         with tqdm(total=sum(map(len, shared)), desc="draw", unit="img", disable=not progress) as bar:
             for numbers in shared:
-                images = self._sample(first + numbers, labels[numbers], before_pass, settings)
+                with FewRows():
+                    images = self._sample(first + numbers, labels[numbers], before_pass, settings)
                 errors.begin()
                 bar.update(len(numbers))
                 yield numbers, to_uint8(images).cpu()
