@@ -18,6 +18,23 @@ from pixelgen_fast.output import losable_output
 from pixelgen_fast.settings import Solver
 from pixelgen_fast.signals import REQUEUE, StopAtOnce, Stopped
 
+# what an option of whole numbers may be, whichever command has it; those of drawing have their range in `Sampling` too
+_RANGES = {
+    "per_class": (1, 100_000),
+    "samples": (2, 100_000_000),
+    "steps": (1, 100_000),
+    "image_size": (1, 16_384),
+    "size": (1, 16_384),
+    "layers": (0, 1_000),
+    "gpus": (1, 1_000_000),
+    "nodes": (1, 1_000_000),
+    "port": (0, 65_535),
+    "workers": (0, 1_024),
+    "cores": (1, 1_024),
+    "turns": (1, 1_000),
+    "images": (1, 100_000_000),
+}
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit code.
@@ -59,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     """Do what the arguments say; an error becomes a line and an exit code."""
     try:
+        _check_numbers(args)
         _check_processes(args)
         rank = int(os.environ.get("RANK", "0"))
         logging.basicConfig(level=logging.WARNING if rank == 0 else logging.ERROR, format="%(levelname)s %(message)s")
@@ -69,6 +87,16 @@ def _run(args: argparse.Namespace) -> int:
             traceback.print_exc()
         print(errors.line(error), file=sys.stderr)
         return code
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Raise InputError for an option of whole numbers that is not in its range."""
+    for name, (low, high) in _RANGES.items():
+        given = getattr(args, name, None)
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, int) and not low <= value <= high:
+                option = f"--{name.replace('_', '-')}"
+                raise errors.InputError(f"{option} is {value}; it must be from {low:,} to {high:,}")
 
 
 def _check_processes(args: argparse.Namespace) -> None:

@@ -79,8 +79,6 @@ def _together(work: Callable[[argparse.Namespace, Team], None], args: argparse.N
 
 
 def sample(args: argparse.Namespace) -> int:
-    if args.per_class < 1:
-        raise errors.InputError(f"--per-class is {args.per_class}; it must be at least 1")
     return _together(_sample, args)
 
 
@@ -105,8 +103,6 @@ def _sample(args: argparse.Namespace, team: Team) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    if args.samples is not None and args.samples < 2:
-        raise errors.InputError(f"--samples is {args.samples}; it must be at least 2")
     if not args.out:
         _own_folder(args)
     elif Path(args.out).expanduser().is_dir():
@@ -238,8 +234,6 @@ def data_reference(args: argparse.Namespace) -> int:
     check_name(out)
     if out.exists():
         raise errors.InputError(f"{out} exists; name another file or remove it")
-    if args.size is not None and args.size < 1:
-        raise errors.InputError(f"--size is {args.size}; it must be at least 1")
     networks = FeatureNetworks(weights=args.inception, dino=args.dino, device=_device(args))
     found = write_statistics(args.root, out, networks, size=args.size, crop=args.crop, progress=True)
     print(f"{args.out}: {found.line()}; {found.about['extractor']}")

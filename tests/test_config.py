@@ -112,6 +112,26 @@ def test_options_of_sampling_are_refused_by_name(
     assert name in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "option", "rule"),
+    [
+        (["sample", "no_such_run"], "--per-class", "from 1 to 100,000"),
+        (["evaluate", "no_such_run"], "--samples", "from 2 to 100,000,000"),
+        (["data", "pack", "digits", "no_such_folder"], "--size", "from 1 to 16,384"),
+        (["data", "scan", "digits"], "--workers", "from 0 to 1,024"),
+        (["data", "bench", "digits"], "--cores", "from 1 to 1,024"),
+        (["demo", "no_such_run"], "--port", "from 0 to 65,535"),
+        (["plan", str(DIGITS)], "--gpus", "from 1 to 1,000,000"),
+    ],
+)
+@pytest.mark.parametrize("value", ["-1", str(2**63), str(10**400)])
+def test_whole_numbers_beyond_reason_are_refused_by_the_option(
+    command: list[str], option: str, rule: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, option, value]) == 2
+    assert f"{option} is {value}; it must be {rule}" in capsys.readouterr().err
+
+
 def test_plain_types_round_trip() -> None:
     config = load("optimizer.schedule=stepped", "optimizer.drops=[{at_images: 640, lr: 1e-5}]")
     assert cfg.from_dict(cfg.to_dict(config), model_schema) == config

@@ -71,7 +71,7 @@ def test_every_number_of_the_table_names_its_source(name):
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["--gpus", "0"], "--gpus is 0; it must be at least 1"),
+        (["--gpus", "0"], "--gpus is 0; it must be from 1 to 1,000,000"),
         (["--gpus", "4", "--nodes", "3"], "--nodes is 3; it must be at least 1 and divide --gpus 4"),
         (["--gpus", "1", "--gpu", "h1000"], "--gpu h1000: no such card and no such file; use one of h100, h200"),
         (["--gpus", "5"], "train.global_batch 64 does not divide over 5 ranks"),
