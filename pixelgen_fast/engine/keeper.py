@@ -28,6 +28,7 @@ from pixelgen_fast.runs.ranks import Ranks
 from pixelgen_fast.runs.saver import IN_FLIGHT, Saved, Saver
 
 RETRY_SECONDS = 30.0
+LAST_RETRIES = (0.0, 1.0)  # seconds before each further try to write the last one, which no later one makes good
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +79,7 @@ class Keeper:
     def save(self, nimg: int, state: dict[str, Any], last: bool) -> bool:
         """Write a checkpoint; returns whether it is on its way. last: whether it is awaited.
 
-        Raises CheckpointError where the last one cannot be written.
+        Raises CheckpointError where the last one cannot be written, in several tries.
         """
         if last:
             self._hear(self.saver.wait())
@@ -88,12 +89,20 @@ class Keeper:
         if any_rank([self.health.bad_in_a_row > 0], self.engine.host_group)[0]:
             return False
         self._retry_at = math.inf
-        self.saver.save(nimg, {**state, "health": self.health.state()}, self.health.kept | self._taken)
-        self._taken.add(nimg)
-        failed = self._hear(self.saver.wait() if last or not self.saver.background else self.saver.poll())
+        failed = self._save(nimg, state, last)
+        for pause in LAST_RETRIES if last else ():
+            if failed:
+                time.sleep(pause)
+                failed = self._save(nimg, state, last)
         if last and failed:
             raise failed
         return True
+
+    def _save(self, nimg: int, state: dict[str, Any], wait: bool) -> checkpoint.CheckpointError | None:
+        """Begin to write a checkpoint, or write it; what is known to have failed."""
+        self.saver.save(nimg, {**state, "health": self.health.state()}, self.health.kept | self._taken)
+        self._taken.add(nimg)
+        return self._hear(self.saver.wait() if wait or not self.saver.background else self.saver.poll())
 
     def retreat(self) -> Path | None:
         """The last good checkpoint on every rank, once the newer ones have been set aside; None for none."""
@@ -123,7 +132,7 @@ class Keeper:
         for one in finished:
             self._taken.discard(one.nimg)
             if one.error:
-                self.say(f"no checkpoint at image {one.nimg:,}, the run goes on and tries again later: {one.error}")
+                self.say(f"no checkpoint at image {one.nimg:,}, it is tried again: {one.error}")
                 self._retry_at = time.monotonic() + RETRY_SECONDS
                 continue
             self.saved = one.nimg

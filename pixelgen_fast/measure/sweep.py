@@ -24,10 +24,11 @@ from pixelgen_fast.measure.judges import Judge
 from pixelgen_fast.measure.picture import value_text
 from pixelgen_fast.runs import draw
 from pixelgen_fast.runs.draw import Generator
+from pixelgen_fast.runs.folder import RunFolder
 from pixelgen_fast.settings import Solver
 
 Point = dict[str, Any]
-WEIGHTS, FILE = "weights", "sweep.json"
+WEIGHTS = "weights"
 
 
 def _interval(text: str) -> tuple[float, float] | None:
@@ -110,7 +111,7 @@ class Sweep:
 
     def __init__(self, request: Request, axes: dict[str, list[Any]], team: Team) -> None:
         self.request, self.axes, self.team = request, axes, team
-        self.file = request.out or request.folder / FILE
+        self.file = request.out or RunFolder(request.folder).sweep
         self.earlier = team.first(lambda: read(self.file))
         self.found: list[dict[str, Any]] = []
         self.loaded: tuple[str | None, Generator] | None = None

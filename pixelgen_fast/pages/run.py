@@ -16,7 +16,7 @@ from pixelgen_fast.atomic import replaced
 from pixelgen_fast.errors import InputError
 from pixelgen_fast.eval.curves import read_metrics, with_measured
 from pixelgen_fast.pages.panels import MOST_POINTS, Row, curves, where_time_went
-from pixelgen_fast.pages.pictures import grids
+from pixelgen_fast.pages.pictures import data_url, grids
 from pixelgen_fast.pages.settings import settings_table
 from pixelgen_fast.pages.template import as_json, fill, table
 from pixelgen_fast.runs.folder import RunFolder
@@ -128,19 +128,42 @@ def _events(found: Sequence[tuple[int, str]]) -> str:
 
 
 def _evaluation(folder: RunFolder) -> str:
-    """What `pixelgen evaluate` has found, as it stands in evaluation.json."""
-    try:
-        found = json.loads(folder.evaluation.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        found = None
-    if not isinstance(found, dict):
+    """What `pixelgen evaluate` has found, as it stands in evaluation.json, and its sweep."""
+    found, sweep = _object(folder.evaluation), _sweep(folder)
+    if not found and not sweep:
         return f"<p>Not evaluated yet: <code>pixelgen evaluate {html.escape(str(folder.root))}</code></p>"
     parts = []
     for title in ("report", "settings", "drawing"):
         if isinstance(part := found.get(title), dict) and part:
             lines = [[name.replace("_", " "), _number(value)] for name, value in part.items()]
             parts.append(f"<div><h3>{title.capitalize()}</h3>{table(lines)}</div>")
-    return f'<div class="beside">{"".join(parts)}</div>'
+    return f'<div class="beside">{"".join(parts)}</div>{sweep}'
+
+
+def _sweep(folder: RunFolder) -> str:
+    """The table and the picture of `pixelgen evaluate --sweep`; nothing where there is none that can be read."""
+    found = _object(folder.sweep).get("points")
+    points = [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
+    points = [one for one in points if all(isinstance(one.get(part), dict) for part in ("point", "figures"))]
+    if not points:
+        return ""
+    parts = {part: [*dict.fromkeys(name for one in points for name in one[part])] for part in ("point", "figures")}
+    head = [name for names in parts.values() for name in names]
+    rows = [[_number(one[part].get(name)) for part, names in parts.items() for name in names] for one in points]
+    try:
+        picture = f'<img class="sweep" alt="the same, drawn" src="{data_url(folder.sweep_picture.read_bytes())}">'
+    except OSError:  # of a sweep that was stopped
+        picture = ""
+    return f"<h3>Sweep</h3>{table(rows, head)}{picture}"
+
+
+def _object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is none that can be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _number(value: Any) -> str:

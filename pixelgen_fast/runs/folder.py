@@ -86,6 +86,14 @@ class RunFolder:
         return self.root / EVALUATION
 
     @property
+    def sweep(self) -> Path:
+        return self.root / "sweep.json"
+
+    @property
+    def sweep_picture(self) -> Path:
+        return self.sweep.with_suffix(".png")
+
+    @property
     def generated(self) -> Path:
         return self.root / "generated"
 

@@ -14,7 +14,7 @@ from support.spoiled import Spoiled
 from pixelgen_fast.cli import main
 from pixelgen_fast.engine import keeper, trainer
 from pixelgen_fast.runs import saver
-from pixelgen_fast.runs.checkpoint import Content, checkpoints, read_state
+from pixelgen_fast.runs.checkpoint import CheckpointError, Content, checkpoints, read_state
 from pixelgen_fast.runs.ranks import Ranks
 
 
@@ -104,9 +104,28 @@ def test_what_could_not_be_written_is_tried_again(
     monkeypatch.setattr(keeper, "RETRY_SECONDS", 0.0)
     assert main(command(tmp_path / "run", 128, "save.every_images=64", "save.background=false")) == 0
     said = capfd.readouterr().out
-    assert "no checkpoint at image 64, the run goes on and tries again later" in said
+    assert "no checkpoint at image 64, it is tried again" in said
     assert saved(tmp_path / "run") == [80, 128]
     assert json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])["nimg"] == 128
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_the_last_checkpoint_is_tried_again_before_the_run_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture, background: str
+) -> None:
+    """Its folder is deleted while it is written."""
+    write, lost = saver.write, []
+
+    def into_nothing(content: Content, team: Ranks) -> None:
+        if content.nimg == 48 and len(lost) < 2:
+            lost.append(content.nimg)
+            raise CheckpointError("checkpoint failed: its folder is gone")
+        write(content, team)
+
+    monkeypatch.setattr(saver, "write", into_nothing)
+    assert main(command(tmp_path / "run", 48, f"save.background={background}")) == 0
+    assert capfd.readouterr().out.count("no checkpoint at image 48, it is tried again: ") == 2
+    assert saved(tmp_path / "run") == [16, 32, 48]
 
 
 def test_a_slow_disk_costs_no_checkpoint_that_is_good(

@@ -247,7 +247,7 @@ def test_a_full_disk_does_not_end_the_run(
     fill_disk(monkeypatch, at=3)
     assert main(command(tmp_path / "run", 96)) == 0
     said = capfd.readouterr().out
-    assert "no checkpoint at image 64, the run goes on" in said
+    assert "no checkpoint at image 64, it is tried again" in said
     assert [int(p.name) for p in checkpoints(tmp_path / "run" / "checkpoints")] == [96, 32]
 
 

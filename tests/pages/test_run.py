@@ -63,6 +63,37 @@ def test_the_command_writes_it_during_a_run_and_after_an_evaluation(
     assert "<td>share</td><td>0.61</td>" in folder.report.read_text() and "&lt;b&gt;: 0.25" in folder.report.read_text()
 
 
+def test_a_sweep_is_on_the_page_and_one_that_is_cut_short_is_not(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.metrics.write_text('{"nimg": 16, "loss": 1.0}\n')
+    points = [
+        {"point": {"guidance": 1.5, "interval": None}, "figures": {"right class": 0.25}},
+        {"point": {"guidance": 2.0, "interval": [0.1, 1.0]}, "figures": {"right class": 0.75, "FID": None}},
+    ]
+    text = json.dumps({"points": points})
+    for given, shown in ((text, True), (text[:40], False), ('{"points": [1, {"point": 2}]}', False)):
+        folder.sweep.write_text(given)
+        assert main(["report", str(tmp_path)]) == 0
+        page = folder.report.read_text()
+        assert ("<td>2</td><td>0.1, 1</td><td>0.75</td><td>none</td>" in page) is shown
+        assert ("Not evaluated yet" in page) is not shown
+    folder.sweep.write_text(text)
+    Image.new("RGB", (3, 2)).save(folder.sweep_picture)
+    assert main(["report", str(tmp_path)]) == 0
+    assert '<img class="sweep" alt="the same, drawn" src="data:image/png;base64,' in folder.report.read_text()
+
+
+@pytest.mark.browser
+def test_a_single_value_is_a_dot(tmp_path: Path) -> None:
+    lines = [{"nimg": n, "loss": 1.0 / n} | ({"validation_loss": 0.5} if n == 96 else {}) for n in range(16, 97, 16)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert main(["report", str(tmp_path)]) == 0
+    with opened(RunFolder(tmp_path).report.resolve().as_uri()) as page:
+        page.evaluate("const s = document.getElementById('smooth'); s.value = 0; s.dispatchEvent(new Event('input'))")
+        dots = page.evaluate("[...document.querySelectorAll('.chart')].map((c) => c.querySelectorAll('circle').length)")
+        assert dots == [0, 1]
+
+
 def test_bad_paths_are_a_line(tmp_path: Path, run: RunFolder, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "none")]) == 2 and "no such folder" in capsys.readouterr().err
     assert main(["report", str(run.root), "--out", str(tmp_path)]) == 2 and "--out names" in capsys.readouterr().err

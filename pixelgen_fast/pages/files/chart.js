@@ -133,7 +133,7 @@ class Chart {
     const X = (n) => PAD.left + (n - low) / (high - low || 1) * (width - PAD.left - PAD.right);
     const Y = (v) => PAD.top + (top - bend(v)) / (top - bottom) * inner;
     const right = width - PAD.right, floor = HEIGHT - PAD.bottom, clip = `clip${this.panel.series[0][0]}`;
-    const parts = [`<clipPath id="${clip}"><rect x="${PAD.left}" y="${PAD.top}" width="${right - PAD.left}"
+    const parts = [`<clipPath id="${clip}"><rect x="${PAD.left}" y="${PAD.top}" width="${right - PAD.left + 4}"
       height="${inner}"/></clipPath>`];
     for (const v of ticks(...range, 5, this.logarithmic)) {
       parts.push(`<line class="rule" x1="${PAD.left}" x2="${right}" y1="${Y(v)}" y2="${Y(v)}"/>
@@ -152,7 +152,7 @@ class Chart {
     lines.forEach(({ raw, mean }, k) => {
       const color = COLORS[k % COLORS.length];
       if (this.half) parts.push(`<path class="raw" stroke="${color}" d="${this.path(raw, X, Y)}"/>`);
-      parts.push(`<path class="mean" stroke="${color}" d="${this.path(mean, X, Y)}"/>`);
+      parts.push(`<path class="mean" stroke="${color}" d="${this.path(mean, X, Y)}"/>`, ...this.dots(mean, color, X, Y));
     });
     if (this.chosen) {
       const [a, b] = this.chosen.map(X);
@@ -163,6 +163,13 @@ class Chart {
       y1="${PAD.top}" y2="${floor}"/>`);
     this.svg.innerHTML = parts.join("") + "</g>";
     this.tell(near, unit);
+  }
+
+  // A value between gaps, which no line shows.
+  dots(values, color, X, Y) {
+    const there = (i) => (values[i] ?? null) !== null && !(this.logarithmic && values[i] <= 0);
+    const alone = this.x.map((_, i) => i).filter((i) => there(i) && !there(i - 1) && !there(i + 1));
+    return alone.map((i) => `<circle fill="${color}" r="3" cx="${X(this.x[i])}" cy="${Y(values[i])}"/>`);
   }
 
   path(values, X, Y) {
