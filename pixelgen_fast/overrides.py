@@ -63,7 +63,7 @@ def override_layers(overrides: Iterable[str]) -> list[tuple[str, Any]]:
     for text in overrides:
         key, equals, _ = text.partition("=")
         # OmegaConf would read brackets as places in lists
-        if not equals or not key.strip() or "[" in key or "]" in key:
+        if not equals or not all(part.strip() for part in key.split(".")) or "[" in key or "]" in key:
             raise ConfigError(f"override {text!r}: write key.sub=value, for example optimizer.lr=2e-4")
         layers.append((f"override {text!r}", Override(*text.split("=", 1))))
     return layers

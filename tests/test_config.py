@@ -263,7 +263,7 @@ def test_a_combination_that_cannot_work_names_the_file(tmp_path: Path) -> None:
         cfg.load(path, [], model_schema)
 
 
-@pytest.mark.parametrize("text", ["[\n\x02=nan", "optimizer[0]=1", "]=1"])
+@pytest.mark.parametrize("text", ["[\n\x02=nan", "optimizer[0]=1", "]=1", ".mlp.=1", "optimizer..lr=1"])
 def test_an_override_of_no_key_is_refused(text: str) -> None:
     with pytest.raises(cfg.ConfigError, match="override .*: write key.sub=value"):
         cfg.load(DIGITS, [text], model_schema)

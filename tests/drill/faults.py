@@ -15,6 +15,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -108,11 +109,14 @@ def full_disk(run: Run, rng: random.Random) -> None:
 
 
 def checkpoints_deleted(run: Run, rng: random.Random) -> None:
-    """They vanish under a running process, which makes new ones."""
+    """They vanish under a running process, all in one moment, and it makes new ones."""
     process = run.start()
     run.wait_for(lambda: bool(run.checkpoints()), process)
     somewhere(run, process, rng)
-    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    gone = run.place / "gone"
+    with suppress(FileNotFoundError):
+        (run.folder / "checkpoints").rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)
     run.end(process, 0)
 
 
