@@ -16,11 +16,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from pixelgen_kernels import (
     attention,
+    attention_layer,
     noised_patch_projection,
     patch_projection,
     qk_norm_rope,
     rotate,
     swiglu,
+    swiglu_layer,
     swiglu_linear,
 )
 from pixelgen_kernels.bodies import body
@@ -102,14 +104,23 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x_BLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        if self.q_norm is None or self.qkv.bias is not None:
+            out_BLD = self._with_bias_or_without_norm(x_BLD, cos, sin)
+        else:
+            norms = (self.q_norm.weight, self.k_norm.weight)
+            out_BLD = attention_layer(
+                x_BLD, self.qkv.weight, *norms, self.proj.weight, self.proj.bias, cos, sin, self.num_heads
+            )
+        return F.dropout(out_BLD, self.dropout, self.training) if self.dropout else out_BLD
+
+    def _with_bias_or_without_norm(self, x_BLD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         qkv, H = self.qkv(x_BLD), self.num_heads
         if self.q_norm is None:
             q, k, v = rearrange(qkv, "B L (three H d) -> three B L H d", three=3, H=H)
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         else:
             q, k, v = qk_norm_rope(qkv, self.q_norm.weight, self.k_norm.weight, cos, sin, H)
-        out_BLD = self.proj(rearrange(attention(q, k, v), "B L H d -> B L (H d)"))
-        return F.dropout(out_BLD, self.dropout, self.training) if self.dropout else out_BLD
+        return self.proj(rearrange(attention(q, k, v), "B L H d -> B L (H d)"))
 
 
 def swiglu_width(dim: int, multiple: int = 1) -> int:
@@ -143,11 +154,12 @@ class SwiGLU(nn.Module):
             w13 = F.pad(w13.unflatten(0, (2, -1)), (0, 0, 0, gap)).flatten(0, 1)
             b13 = None if b13 is None else F.pad(b13.unflatten(0, (2, -1)), (0, gap)).flatten()
             w2 = F.pad(w2, (0, gap))
-        packed = F.linear(x_BLD, w13, b13)
         if self.dropout and self.training:
-            out_BLD = F.linear(F.dropout(swiglu(packed), self.dropout), w2)
+            out_BLD = F.linear(F.dropout(swiglu(F.linear(x_BLD, w13, b13)), self.dropout), w2)
+        elif b13 is None:
+            out_BLD = swiglu_layer(x_BLD, w13, w2)
         else:
-            out_BLD = swiglu_linear(packed, w2)
+            out_BLD = swiglu_linear(F.linear(x_BLD, w13, b13), w2)
         return out_BLD if self.w2.bias is None else out_BLD + self.w2.bias
 
 

@@ -3,6 +3,7 @@
 from pixelgen_kernels.adamw_ema import adamw_ema
 from pixelgen_kernels.attention import attention
 from pixelgen_kernels.flow_loss import flow_loss
+from pixelgen_kernels.layers import attention_layer, swiglu_layer
 from pixelgen_kernels.norm_modulate import norm_modulate
 from pixelgen_kernels.patch_projection import noised_patch_projection, patch_projection
 from pixelgen_kernels.pixel_attention import PixelAttentionWeights, pixel_attention
@@ -16,6 +17,7 @@ __all__ = [
     "PixelAttentionWeights",
     "adamw_ema",
     "attention",
+    "attention_layer",
     "flow_loss",
     "noised_patch_projection",
     "norm_modulate",
@@ -26,5 +28,6 @@ __all__ = [
     "qk_norm_rope",
     "rotate",
     "swiglu",
+    "swiglu_layer",
     "swiglu_linear",
 ]

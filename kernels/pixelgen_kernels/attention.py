@@ -323,10 +323,15 @@ def attention(q_BLHd: Tensor, k_BLHd: Tensor, v_BLHd: Tensor) -> Tensor:
             )
     chosen = _backend(q_BLHd.device.type, q_BLHd.dtype, q_BLHd.shape[-1])
     if chosen == SDPA:
-        if q_BLHd.shape[1] <= NATIVE_TOKENS and _native(q_BLHd.device.type, q_BLHd.dtype, q_BLHd.shape[-1]):
+        if runs_native(q_BLHd, q_BLHd.shape[1], q_BLHd.shape[-1]):
             return torch.ops.pixelgen_native.attention(q_BLHd, k_BLHd, v_BLHd)[0]
         return attention_reference(q_BLHd, k_BLHd, v_BLHd)
     return attention_forward.apply(q_BLHd, k_BLHd, v_BLHd, chosen)[0]
+
+
+def runs_native(like: Tensor, tokens: int, head_dim: int) -> bool:
+    """Whether csrc takes the attention of so many tokens on such a tensor's device, and nothing else is asked for."""
+    return tokens <= NATIVE_TOKENS and _native(like.device.type, like.dtype, head_dim)
 
 
 @torch.compiler.assume_constant_result

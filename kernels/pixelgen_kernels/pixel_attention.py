@@ -22,10 +22,11 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from pixelgen_kernels.attention import attention, attention_reference
+from pixelgen_kernels.attention import attention_reference
 from pixelgen_kernels.checks import check
+from pixelgen_kernels.layers import attention_layer
 from pixelgen_kernels.pixel_modulate import pixel_modulate, pixel_modulate_reference
-from pixelgen_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
+from pixelgen_kernels.qk_norm_rope import qk_norm_rope_reference
 
 Save = Literal["store", "recompute"]
 
@@ -72,8 +73,9 @@ def _pixel_attention(
     h_NPC = pixel_modulate(x_NPC, w.norm_weight, modulation, eps)
     tokens = rearrange(h_NPC, "(B L) P C -> B L (P C)", L=cos.shape[0]).to(w.compress_weight.dtype)
     tokens = F.linear(tokens, w.compress_weight, w.compress_bias)
-    q, k, v = qk_norm_rope(F.linear(tokens, w.qkv_weight), w.q_norm_weight, w.k_norm_weight, cos, sin, heads, eps)
-    mixed = F.linear(attention(q, k, v).flatten(2), w.proj_weight, w.proj_bias)
+    mixed = attention_layer(
+        tokens, w.qkv_weight, w.q_norm_weight, w.k_norm_weight, w.proj_weight, w.proj_bias, cos, sin, heads, eps
+    )
     return F.linear(mixed, w.expand_weight, w.expand_bias).view(x_NPC.shape)
 
 

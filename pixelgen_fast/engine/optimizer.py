@@ -128,7 +128,7 @@ class AdamWEMA(torch.optim.Optimizer):
     def update(self, group: dict[str, Any], params: list[Tensor], now: Now) -> None:
         """The step of those of a group's parameters that have gradients."""
         beta1, beta2 = group["betas"]
-        states = [self.init_state(param, group) for param in params]
+        states = [self.state[param] or self.init_state(param, group) for param in params]
         keys = self.ema_keys(group)
         adamw_ema_foreach(
             params, [param.grad for param in params], [s["exp_avg"] for s in states],
