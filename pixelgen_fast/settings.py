@@ -89,8 +89,8 @@ def within(low: float, high: float, *, default: Any, open_low: bool = False, ope
 def check_ranges(settings: Any, prefix: str = "") -> None:
     """Raise ConfigError, naming key, value and range, for the first setting of a tree that is not in its range.
 
-    A setting of several numbers has all of them in its range. A number that is not finite is in none. A section that
-    gives an inherited setting another default keeps its range.
+    A setting of several numbers has all of them in its range. A number that is not finite is in none, and a whole one
+    without a greatest fits 64 bits. A section that gives an inherited setting another default keeps its range.
     """
     for entry in fields(settings):
         value, key = getattr(settings, entry.name), f"{prefix}{entry.name}"
@@ -101,11 +101,11 @@ def check_ranges(settings: Any, prefix: str = "") -> None:
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise ConfigError(f"{key} is {value}; it must be a finite number")
-            if isinstance(number, int) and abs(number) >= 2**63 and (wanted is None or math.isinf(wanted.high)):
-                raise ConfigError(f"{key} is {value}; it must be a number of 64 bits")
             if wanted is not None and number is not None and not wanted.holds(number):
                 off = ", or null for none" if entry.default is None or "None" in str(entry.type) else ""
                 raise ConfigError(f"{key} is {value}; {wanted.rule(number)}{off}")
+            if isinstance(number, int) and abs(number) >= 2**63 and (wanted is None or math.isinf(wanted.high)):
+                raise ConfigError(f"{key} is {value}; it must be a number of 64 bits")
 
 
 def refuse_unused(section: Any, kind: type, used: Collection[str], prefix: str, system: str) -> None:
