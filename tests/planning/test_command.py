@@ -21,12 +21,12 @@ def test_table_json_and_page(tmp_path, capsys):
     data, page = tmp_path / "plan.json", tmp_path / "plan.html"
     assert plan("--gpus", "2", "--json", str(data), "--html", str(page), "train.micro_batch=16") == 0
     said = capsys.readouterr().out
-    for title in ("A step of 64 images", "Parts", "Communication", "Memory", "The run on 2 GPUs", "Loader"):
+    for title in ("A step of 32 images", "Parts", "Communication", "Memory", "The run on 2 GPUs", "Loader"):
         assert re.search(rf"^{title}", said, re.MULTILINE), title
     found = json.loads(data.read_text())
     cases = found["cases"]
     assert cases["floor"]["step"] < cases["planned"]["step"] < cases["pessimistic"]["step"]
-    assert cases["planned"]["hours"]["configured"] == pytest.approx(128_000 / 64 * cases["planned"]["step"] / 3600)
+    assert cases["planned"]["hours"]["configured"] == pytest.approx(80_000 / 32 * cases["planned"]["step"] / 3600)
     assert cases["planned"]["kwh"]["configured"] == pytest.approx(cases["planned"]["hours"]["configured"] * 1.4)
     assert len(found["changes"]) <= 3 and found["memory"]["stage 1"]["largest_micro_batch"] > 16
     text = page.read_text()
@@ -37,7 +37,19 @@ def test_a_rank_waits_for_all_that_is_sent(tmp_path):
     """Over a link of 1 MB/s nearly all of the step is communication."""
     card = tmp_path / "slow.json"
     card.write_text('{"gpu": "Slow", "tflop_per_s": 100, "tb_per_s": 1, "link_gb_per_s": 0.001}')
-    assert plan("--gpus", "2", "train.micro_batch=32", "--gpu", str(card), "--json", str(tmp_path / "plan.json")) == 0
+    assert (
+        plan(
+            "--gpus",
+            "2",
+            "train.micro_batch=32",
+            "train.global_batch=64",
+            "--gpu",
+            str(card),
+            "--json",
+            str(tmp_path / "plan.json"),
+        )
+        == 0
+    )
     cases = json.loads((tmp_path / "plan.json").read_text())["cases"]
     assert cases["planned"]["shown"] == cases["planned"]["sent"] > 0.9 * cases["planned"]["step"]
 
@@ -74,8 +86,8 @@ def test_every_number_of_the_table_names_its_source(name):
         (["--gpus", "0"], "--gpus is 0; it must be from 1 to 1,000,000"),
         (["--gpus", "4", "--nodes", "3"], "--nodes is 3; it must be at least 1 and divide --gpus 4"),
         (["--gpus", "1", "--gpu", "h1000"], "--gpu h1000: no such card and no such file; use one of h100, h200"),
-        (["--gpus", "5"], "train.global_batch 64 does not divide over 5 ranks"),
-        (["--gpus", "2"], "train.micro_batch 64 does not divide the 32 images"),
+        (["--gpus", "5"], "train.global_batch 32 does not divide over 5 ranks"),
+        (["--gpus", "2"], "train.micro_batch 32 does not divide the 16 images"),
         (["--gpus", "1", "train.precision=fp32"], "the plan is of bf16 runs on GPUs, and this is none; add train.pre"),
         (["--gpus", "1", "run.device=cpu"], "the plan is of bf16 runs on GPUs, and this is none; add run.device=cuda"),
     ],
