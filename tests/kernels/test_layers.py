@@ -103,7 +103,7 @@ def test_outputs_and_gradients_are_those_of_float64(case: str) -> None:
 
 @native
 @pytest.mark.parametrize("case", CASES)
-def test_one_node_gives_the_bits_of_its_operators(case: str) -> None:
+def test_the_native_node_gives_the_bits_of_its_operators(case: str) -> None:
     layer, parts, _, given = CASES[case]
     with forced("native"):
         found, wanted = derived(layer, given), derived(parts, given)
@@ -112,7 +112,7 @@ def test_one_node_gives_the_bits_of_its_operators(case: str) -> None:
 
 @native
 @pytest.mark.parametrize(("case", "node"), [("attention", "AttentionLayer"), ("swiglu", "SwiGLULayer")])
-def test_it_is_one_node_and_only_wanted_gradients_are_made(case: str, node: str) -> None:
+def test_it_is_one_native_node_and_only_wanted_gradients_are_made(case: str, node: str) -> None:
     layer, _, _, given = CASES[case]
     with forced("native"):
         every = derived(layer, given)
@@ -128,7 +128,7 @@ def test_it_is_one_node_and_only_wanted_gradients_are_made(case: str, node: str)
 
 @native
 @pytest.mark.parametrize("case", ["attention", "swiglu"])
-def test_who_counts_sees_every_product(case: str) -> None:
+def test_who_counts_sees_every_product_of_a_native_node(case: str) -> None:
     layer, parts, _, given = CASES[case]
     counts = []
     for function in (layer, parts):
