@@ -54,6 +54,8 @@ def attention_layer(
             "cos": (cos, (L, d // 2)),
             "sin": (sin, (L, d // 2)),
         }
+        if proj_bias is not None:
+            shapes["proj_bias"] = (proj_bias, (proj_weight.shape[0],))
         check("attention_layer", x, **shapes)
         return torch.ops.pixelgen_native.attention_layer(
             x, qkv_weight, q_norm_weight, k_norm_weight, proj_weight, proj_bias, cos, sin, heads, eps

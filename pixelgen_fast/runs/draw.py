@@ -21,7 +21,7 @@ from pixelgen_fast.models import build_model, model_schema
 from pixelgen_fast.models.system import BaseSystem, SequentialSystem, System
 from pixelgen_fast.runs.checkpoint import RUN, CheckpointError, ema_key, find, read_state, read_weights
 from pixelgen_fast.runs.export import GeneratorError, published_in, read_exported
-from pixelgen_fast.runs.few_rows import FewRows
+from pixelgen_fast.runs.few_rows import as_among_many
 from pixelgen_fast.runs.folder import ABOUT, CHECKPOINTS, DIFFUSERS, MODEL_PREFIX, names_a_folder
 from pixelgen_fast.runs.kept import with_kept
 from pixelgen_fast.weights import misfits
@@ -74,7 +74,7 @@ class Generator:
         shared = torch.arange(len(labels)).split(settings["batch"])[share[0] :: share[1]]
         with tqdm(total=sum(map(len, shared)), desc="draw", unit="img", disable=not progress) as bar:
             for numbers in shared:
-                with FewRows():
+                with as_among_many(len(numbers), next(self.model.parameters()).device):
                     images = self._sample(first + numbers, labels[numbers], before_pass, settings)
                 errors.begin()
                 bar.update(len(numbers))

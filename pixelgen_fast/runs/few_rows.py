@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -11,6 +12,11 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 ROWS = 4
+
+
+def as_among_many(images: int, device: torch.device) -> AbstractContextManager[object]:
+    """FewRows where so many images are so few on a device that it matters; else nothing."""
+    return FewRows() if images < ROWS and device.type == "cpu" else nullcontext()
 
 
 class FewRows(TorchFunctionMode):
