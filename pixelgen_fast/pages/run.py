@@ -20,6 +20,7 @@ from pixelgen_fast.pages.pictures import data_url, grids
 from pixelgen_fast.pages.settings import settings_table
 from pixelgen_fast.pages.template import as_json, fill, table
 from pixelgen_fast.runs.folder import RunFolder
+from pixelgen_fast.runs.plain import read_object
 
 
 def write_report(folder: RunFolder, defaults: Mapping[str, Any] | None, out: Path | None = None) -> Path:
@@ -160,10 +161,9 @@ def _sweep(folder: RunFolder) -> str:
 def _object(file: Path) -> dict[str, Any]:
     """The JSON object in a file; an empty one where there is none that can be read."""
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        return read_object(file)
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _number(value: Any) -> str:

@@ -6,15 +6,12 @@ import torch.nn.functional as F
 from pixelgen_kernels.attention import NATIVE_TOKENS, attention, attention_reference
 from pixelgen_kernels.bodies import forced
 from pixelgen_kernels.layers import attention_layer, swiglu_layer
-from pixelgen_kernels.native import has_native
 from pixelgen_kernels.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from pixelgen_kernels.swiglu_linear import swiglu_linear
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 HEADS, D = 3, 24
-
-native = pytest.mark.skipif(not has_native(), reason="csrc is not compiled")
 
 
 def attention_inputs(L: int = 6, d: int = 8, bias: bool = True) -> dict[str, Tensor]:
@@ -94,14 +91,13 @@ def cotangent(out: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_outputs_and_gradients_are_those_of_float64(case: str) -> None:
+def test_outputs_and_gradients_are_those_of_float64(case: str, body: str) -> None:
     layer, _, exact, given = CASES[case]
     found, wanted = derived(layer, given), derived(exact, given, torch.float64)
     for name, value in wanted.items():
         assert (found[name] - value).abs().max() <= 2e-6 * value.abs().max(), name
 
 
-@native
 @pytest.mark.parametrize("case", CASES)
 def test_the_native_node_gives_the_bits_of_its_operators(case: str) -> None:
     layer, parts, _, given = CASES[case]
@@ -110,7 +106,6 @@ def test_the_native_node_gives_the_bits_of_its_operators(case: str) -> None:
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
 
 
-@native
 @pytest.mark.parametrize(("case", "node"), [("attention", "AttentionLayer"), ("swiglu", "SwiGLULayer")])
 def test_it_is_one_native_node_and_only_wanted_gradients_are_made(case: str, node: str) -> None:
     layer, _, _, given = CASES[case]
@@ -126,7 +121,6 @@ def test_it_is_one_native_node_and_only_wanted_gradients_are_made(case: str, nod
         assert layer(**given).grad_fn is None
 
 
-@native
 @pytest.mark.parametrize("case", ["attention", "swiglu"])
 def test_who_counts_sees_every_product_of_a_native_node(case: str) -> None:
     layer, parts, _, given = CASES[case]
